@@ -1,0 +1,54 @@
+"""Writes what a reproduction measured to ``reproductions/results/<slug>.json``: the figures, and where and when they were taken."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def _commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    return git.stdout.strip() or "unknown"
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def record(
+    slug: str, *, claim: str, figures: dict[str, Any], reproduced: bool, seconds: float, notes: str = "", out: Path | None = None
+) -> Path:
+    """Records one run. ``claim``: the paper's claim in one sentence; ``figures``: what was measured, JSON values with
+    units in their names; ``reproduced``: whether the claim came out here; ``notes``: why not, or what to know."""
+    import torch
+    import transformers
+
+    result = {
+        "slug": slug,
+        "claim": claim,
+        "reproduced": reproduced,
+        "figures": figures,
+        "notes": notes,
+        "device": _device(),
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "seconds": round(seconds, 1),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    out = out or RESULTS / f"{slug}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+    print(f"recorded in {out}", file=sys.stderr)
+    return out
