@@ -1,8 +1,8 @@
-"""Tiny random models of the transformers families that heedful's tests run on: no download, a few thousand weights each.
+"""Tiny random models of the transformers families that heedful's tests run on: no download, a few thousand weights.
 
-`build("llama")` gives a model in eval mode with seeded weights; `inputs(model)` a batch that it takes. FAMILIES lists all
-by kind: "decoder" (text, generates), "vision-language", "encoder-decoder", "encoder", "vision", "two-tower", and "none"
-(no attention that can be attached to).
+`build("llama")` gives a model in eval mode with seeded weights; `inputs(model)` a batch that it takes. FAMILIES lists
+all by kind: "decoder" (text, generates), "vision-language", "encoder-decoder", "encoder", "vision", "two-tower", and
+"none" (no attention that can be attached to).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _spread(model: Any) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() >= 2:
-                p.normal_(0.0, min(0.5, 1.5 * p.shape[-1] ** -0.5) if "embed" not in name else 0.7)
+                p.normal_(0.0, min(0.5, 1.5 * p.shape[-1] ** -0.5) if "embed" not in name else 0.35)
             elif "sinks" in name:
                 p.normal_()
 
@@ -323,9 +323,7 @@ def _vision(**more: Any) -> dict[str, Any]:
     }
 
 
-@family(
-    "vision-language", "LlavaForConditionalGeneration", "parts act on the language model; pass the tower for vision"
-)
+@family("vision-language", "LlavaForConditionalGeneration", "parts act on the text stack; pass the tower for vision")
 def llava() -> Any:
     return transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(**_text()),
@@ -347,9 +345,7 @@ def gemma3() -> Any:
     )
 
 
-@family(
-    "vision-language", "Qwen2_5_VLForConditionalGeneration", "M-RoPE; the vision tower calls attention once a window"
-)
+@family("vision-language", "Qwen2_5_VLForConditionalGeneration", "the vision tower calls attention window by window")
 def qwen2_5_vl() -> Any:
     return transformers.Qwen2_5_VLConfig(
         text_config=_text(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}),
@@ -362,7 +358,7 @@ def qwen2_5_vl() -> Any:
     )  # fmt: skip
 
 
-@family("vision-language", "Qwen3VLForConditionalGeneration", "M-RoPE; the vision tower calls attention once an image")
+@family("vision-language", "Qwen3VLForConditionalGeneration", "the vision tower calls attention image by image")
 def qwen3_vl() -> Any:
     return transformers.Qwen3VLConfig(
         text_config=_text(
@@ -395,7 +391,9 @@ def t5() -> Any:
     )  # fmt: skip
 
 
-@family("encoder-decoder", "BartForConditionalGeneration", "cross-attention with cross=True; encoder by sub-module")
+@family(
+    "encoder-decoder", "BartForConditionalGeneration", "decoder; cross-attention with cross=True; encoder by sub-module"
+)
 def bart() -> Any:
     return transformers.BartConfig(
         vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,

@@ -1,8 +1,9 @@
 """The seam: runs a model with parts in its attention calls.
 
-`attach(model, *parts)` redirects the attention of the layers that a part asks about. A part is a `Kernel` (computes the
-call), an `Edit` (changes it at one of four stages) or a `Probe` (reads it); each gets the `AttentionCall` and tensors of
-just the heads and rows it asked for. `Verification` is how `heedful.generate` marks forwards of drafted tokens.
+`attach(model, *parts)` redirects the attention of the layers that a part asks about. A part is a `Kernel` (computes
+the call), an `Edit` (changes it at one of four stages) or a `Probe` (reads it); each gets the `AttentionCall` and
+tensors of just the heads and rows it asked for. `Verification` is how `heedful.generate` marks forwards of drafted
+tokens.
 
 Read in this order: parts (the three kinds), call (what a part sees), masks (who sees whom), site (one call, stage by
 stage), discovery (which modules, and how they are redirected), attachment (selection, errors, attach and detach).
@@ -11,6 +12,7 @@ stage), discovery (which modules, and how they are redirected), attachment (sele
 from heedful.seam.attachment import Attachment, attach
 from heedful.seam.call import AttentionCall
 from heedful.seam.parts import Edit, Kernel, Part, Probe
+from heedful.seam.site import PartError
 from heedful.seam.verification import Verification
 
-__all__ = ["Attachment", "AttentionCall", "Edit", "Kernel", "Part", "Probe", "Verification", "attach"]
+__all__ = ["Attachment", "AttentionCall", "Edit", "Kernel", "Part", "PartError", "Probe", "Verification", "attach"]

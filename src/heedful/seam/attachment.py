@@ -77,6 +77,8 @@ class Attachment:
         max_bytes: int | None,
     ) -> None:
         self._selected: list[tuple[Found, tuple[Selected, ...]]] = []
+        self._idle: list[Part] = []
+        self._sites: list[Site] = []
         self._active = False
         with _lock:
             self._select(model, parts, layers, cross, max_bytes)
@@ -93,10 +95,7 @@ class Attachment:
             if not self._active:
                 return
             self._active = False
-            for found, _ in self._selected:
-                site = site_of(found.module)
-                if site is None:
-                    continue
+            for site in self._sites:
                 site.frames = tuple(frame for frame in site.frames if frame[0] is not self)
                 if not site.frames:
                     uninstall(site)
@@ -119,9 +118,12 @@ class Attachment:
             Dicts with `part` (class name), `layer`, `calls`, `rows` (query rows that saw a key, over all calls and
             samples), `heads` (sorted), and for edits of logits or probabilities `mass_moved`: {head: share of a row's
             attention that moved, mean over rows} (half the sum of absolute differences). What the part tells itself
-            (`Part.summary`) stands beside. A part that never acted has calls 0. Not counted in compiled graphs.
+            (`Part.summary`) stands beside. A part that never acted has calls 0; one that the selectors leave no
+            layer has layer None. Compiled graphs are not counted.
         """
-        lines = []
+        lines: list[dict[str, Any]] = []
+        for part in self._idle:
+            lines.append({"part": type(part).__name__, "layer": None, "calls": 0, "rows": 0, "heads": []})
         for found, selected in self._selected:
             for s in selected:
                 tally = s.tally
@@ -132,6 +134,8 @@ class Attachment:
                     "rows": int(tally.rows),
                     "heads": sorted(tally.heads),
                 }
+                if found.cross:
+                    line["cross"] = True
                 if tally.mass:
                     rows = max(int(tally.mass_rows), 1)
                     line["mass_moved"] = {h: float(m) / rows for h, m in sorted(tally.mass.items())}
@@ -153,18 +157,17 @@ class Attachment:
                 raise TypeError(
                     f"{part!r} is not a part: give instances of heedful.Kernel, heedful.Edit or heedful.Probe."
                 )
-            plans.append(_Plan(part, cross, known, model))
+            plans.append(_Plan(part, cross, attention, model))
         for found in attention:
             check_implementation(found)
             selected = []
             for plan in plans:
                 if (everywhere is None or found.layer in everywhere) and plan.wants(found):
-                    heads = plan.heads_on(found)
-                    selected.append(
-                        Selected(plan.part, found.layer, heads, plan.rows, plan.steps, plan.cross, max_bytes)
-                    )
+                    selected.append(plan.on(found, max_bytes))
             if selected:
                 self._selected.append((found, tuple(selected)))
+        acting = {id(s.part) for _, selected in self._selected for s in selected}
+        self._idle = [part for part in parts if id(part) not in acting]
 
     def _install(self) -> None:
         sites: list[tuple[Site, tuple[Selected, ...], bool]] = []
@@ -174,6 +177,7 @@ class Attachment:
             site = new_site(found) if site is None else site
             _check_composition(found.layer, [*site.selected(), *selected])
             sites.append((site, selected, fresh))
+        self._sites = [site for site, _, _ in sites]
         for site, selected, fresh in sites:
             site.frames = (*site.frames, (self, selected))
             if fresh:
@@ -184,8 +188,9 @@ class Attachment:
 class _Plan:
     """A part's selectors, read once."""
 
-    def __init__(self, part: Part, cross: bool, known: Sequence[int], model: nn.Module) -> None:
+    def __init__(self, part: Part, cross: bool, attention: Sequence[Found], model: nn.Module) -> None:
         self.part, self.name, self.cross = part, type(part).__name__, cross or part.cross
+        known = sorted({found.layer for found in attention if self.cross or not found.cross})
         self.layers = None if part.layers is None else _indices(f"{self.name}: layers", part.layers)
         self.by_layer: dict[int, tuple[int, ...]] | None = None
         self.heads: tuple[int, ...] | None = None
@@ -235,7 +240,8 @@ class _Plan:
             and (self.cross or not found.cross)
         )
 
-    def heads_on(self, found: Found) -> tuple[int, ...] | None:
+    def on(self, found: Found, max_bytes: int | None) -> Selected:
+        """The part on one attention module."""
         heads = self.heads if self.by_layer is None else self.by_layer[found.layer]
         number = query_heads(found.module)
         wrong = [h for h in heads or () if h < 0 or (number is not None and h >= number)]
@@ -244,7 +250,7 @@ class _Plan:
                 f"layer {found.layer}: {self.name} asks for the heads {wrong}, but this layer has the query heads "
                 f"0 to {(number or 0) - 1}."
             )
-        return heads
+        return Selected(self.part, found.layer, heads, self.rows, self.steps, self.cross, max_bytes)
 
 
 def _indices(what: str, numbers: Any) -> tuple[int, ...]:
@@ -258,8 +264,8 @@ def _check_layers(who: str, layers: Sequence[int] | None, known: Sequence[int], 
     wrong = [layer for layer in layers or () if layer not in known]
     if wrong:
         raise ValueError(
-            f"{who}: layer {', '.join(map(str, wrong))} has no attention to attach to. Layers of {type(model).__name__} "
-            f"that have: {list(known)}."
+            f"{who}: layer {', '.join(map(str, wrong))} has no attention to attach to. Layers of "
+            f"{type(model).__name__} that have: {list(known)}."
         )
 
 
@@ -274,6 +280,6 @@ def _check_composition(layer: int, selected: Sequence[Selected]) -> None:
         weighing = [s for s in selected if s.weights]
         if weighing and not kernel.part.has_probabilities:  # type: ignore[attr-defined]
             raise ValueError(
-                f"layer {layer}: {weighing[0].name} works on logits or probabilities, but the kernel {kernel.name} has none. "
-                "Give them different layers=, or use parts of the stages queries_keys and outputs."
+                f"layer {layer}: {weighing[0].name} works on logits or probabilities, but the kernel {kernel.name} has "
+                "none. Give them different layers=, or use parts of the stages queries_keys and outputs."
             )

@@ -45,8 +45,9 @@ class AttentionCall:
         cache: The `past_key_values` object of the sequence, or None.
         past: Tokens that the cache held before this call (padding included): an int, or with a static cache a tensor.
         original_mask: The mask as the model handed it over: None, boolean or additive 4-D, 2-D (flash) or BlockMask.
-        memory: A dict of this part, for this layer and sequence: it lives as long as the cache object and is emptied when
-            that cache starts a new sequence. Without a cache it lasts for one call.
+        memory: A dict of this part, for this layer and sequence: it lives as long as the cache object and is emptied
+            when that cache starts a new sequence. Without a cache it lasts for one call. Beam search reorders the
+            cache, not this.
         verification: The step of `heedful.generate` that this call verifies, or None.
     """
 
@@ -192,7 +193,7 @@ class AttentionCall:
     def original_with_weights(
         self, query: Tensor | None = None, key: Tensor | None = None, value: Tensor | None = None, mask: Any = ...
     ) -> tuple[Tensor, Tensor | None]:
-        """`original`, and the weights (B, Hq, Tq, Tk) if the model's own implementation gives them (eager), else None."""
+        """`original`, and the weights (B, Hq, Tq, Tk) where the model's own implementation gives them (eager)."""
         output, weights = self.function(
             self.module,
             self.query if query is None else query,

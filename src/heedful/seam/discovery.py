@@ -20,6 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from heedful.seam.site import Site
 
 NAME = "heedful"
+_NOT_BY_NAME = (
+    f"The attention implementation {NAME!r} is not chosen by name: set the model back to 'sdpa' and use "
+    "heedful.attach(model, ...)."
+)
 _CROSS = re.compile(r"cross|encoder_attn|encdecattention|encoder_decoder", re.IGNORECASE)
 
 
@@ -37,10 +41,7 @@ def _function(
 
 def _mask_function(*args: Any, **kwargs: Any) -> Any:
     """The mask twin of `_function`: without it, choosing the name on a model would silently remove its causal mask."""
-    raise RuntimeError(
-        f"The attention implementation {NAME!r} is not chosen by name: set the model back to 'sdpa' and use "
-        "heedful.attach(model, ...)."
-    )
+    raise RuntimeError(_NOT_BY_NAME)
 
 
 AttentionInterface.register(NAME, _function)
@@ -81,7 +82,7 @@ def _twin(site: Site) -> Any:
     kind = type(site.config)
     if kind not in _twin_classes:
         _twin_classes[kind] = types.new_class(kind.__name__, (_Twin, kind))
-    twin = object.__new__(_twin_classes[kind])
+    twin: Any = object.__new__(_twin_classes[kind])
     twin.__dict__.update(site.config.__dict__)
     twin.__dict__.update(_attn_implementation_internal=NAME, _heedful=site)
     return twin
@@ -130,7 +131,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
         elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+            model = model.get_base_model()  # type: ignore[operator]
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         else:
@@ -154,7 +155,8 @@ def _eager_name(code: types.CodeType) -> str | None:
 
 def _layer_of(name: str, module: nn.Module, root: nn.Module) -> tuple[int, str]:
     """Index in the outermost ModuleList around the module, and that list's name."""
-    here, walked = root, []
+    here: Any = root
+    walked: list[str] = []
     for piece in name.split(".") if name else []:
         if isinstance(here, nn.ModuleList):
             return int(piece), ".".join(walked)
@@ -171,9 +173,8 @@ def find_attention(model: nn.Module) -> tuple[nn.Module, list[Found]]:
         ValueError: If the model has no attention that goes through transformers' interface, or several stacks.
     """
     model = unwrap(model)
-    root = model
-    if callable(getattr(model, "get_decoder", None)):
-        root = model.get_decoder() or model
+    decoder = getattr(model, "get_decoder", None)
+    root: nn.Module = (decoder() if callable(decoder) else None) or model
     found = []
     for name, module in root.named_modules():
         if not has_interface(module):

@@ -91,16 +91,21 @@ class Edit(Part):
     """Changes an attention call at one or more of four fixed stages; a subclass overrides those that it needs.
 
     Every method gets tensors of the asked heads and rows only, is called once per attention call with the whole batch,
-    and returns a tensor of the same shape, which is used as it is. None, another shape or a non-finite value is an error.
-    Rows that see no key, and rows that pad a sample (`call.rows == -1`), are discarded.
+    and returns a tensor of the same shape, which is used as it is. None, another shape or a value that is not finite
+    (other than at hidden keys) is an error. Rows that see no key, and rows that pad a sample (`call.rows == -1`), are
+    discarded.
     """
 
     def queries_keys(self, call: AttentionCall, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Before the scores: query (B, heads, R, D) and the whole key (B, Hkv, Tk, D), rotated. Never change in place."""
+        """Before the scores: query (B, heads, R, D), the whole key (B, Hkv, Tk, D), rotated; returns both.
+
+        Return new tensors. A changed key acts on every head and row that uses it, in this call only: the model's
+        cache keeps its own.
+        """
         return query, key
 
     def logits(self, call: AttentionCall, logits: Tensor) -> Tensor:
-        """Before the softmax: (B, heads, R, Tk) fp32, after scaling, softcap and position bias; hidden keys are -inf."""
+        """Before the softmax: (B, heads, R, Tk) fp32, after scaling, softcap and position bias; hidden keys: -inf."""
         return logits
 
     def probabilities(self, call: AttentionCall, probabilities: Tensor) -> Tensor:

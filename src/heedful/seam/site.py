@@ -1,4 +1,4 @@
-"""What happens inside one attached attention call: selection, the four stages, and the exact restoration around them."""
+"""What happens inside one attached attention call: who acts, on which rows, and the stages in their order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from heedful.seam.parts import Edit, Kernel, Part, stages_of
 UNKNOWN_TO_DENSE = ("indices", "block_indices", "sinks", "cache", "cu_seq_lens_q")
 
 
-class Fault(RuntimeError):
+class PartError(RuntimeError):
     """An attached part did something that cannot be used; the message names the layer and the remedy."""
 
 
@@ -115,9 +115,9 @@ class Selected:
         """Looks tokens (1 or B, T) up in the boolean mask given as `rows`."""
         batch, mask = call.query.shape[0], self.rows
         if batch % mask.shape[0]:
-            raise Fault(
-                f"layer {self.layer}: rows of {self.name} is a mask for {mask.shape[0]} samples, but the call has {batch}. "
-                "Give a mask (T,) or (B, T) for this batch."
+            raise PartError(
+                f"layer {self.layer}: rows of {self.name} is a mask for {mask.shape[0]} samples, but the call has "
+                f"{batch}. Give a mask (T,) or (B, T) for this batch."
             )
         mask = mask.repeat_interleave(batch // mask.shape[0], 0)  # generate expands samples to beams in this way
         tokens = tokens.expand(batch, -1)
@@ -278,12 +278,15 @@ class Site:
         cross = any(given.get(name) is not None for name in ("key_value_states", "encoder_hidden_states"))
         past: int | Tensor = 0
         if cache is not None:
-            past = cache.get_seq_length(getattr(module, "layer_idx", None) or 0)
+            past = cache.get_seq_length(self._cache_index())
             if isinstance(past, Tensor):
                 past = past.clone()  # the cache updates its own tensor in place
         self.inputs[thread()] = Inputs(
             cache, past, given.get("position_embeddings"), given.get("position_ids"), cross or self.cross
         )
+
+    def _cache_index(self) -> int:
+        return getattr(self.module, "layer_idx", None) or 0
 
     # ---- the call
 
@@ -345,8 +348,9 @@ class Site:
             causal = getattr(self.module, "is_causal", True)
         flash = "flash" in name
         past = inputs.past
-        layers = getattr(inputs.cache, "layers", None) or ()
-        static = isinstance(past, Tensor) or any(getattr(layer, "is_compileable", False) for layer in layers)
+        layers = getattr(getattr(inputs.cache, "self_attention_cache", inputs.cache), "layers", None) or ()
+        own = layers[self._cache_index() : self._cache_index() + 1]
+        static = isinstance(past, Tensor) or any(layer.is_compileable for layer in own)
         if inputs.cross:
             past = (
                 past - queries if inputs.cache is not None else 0
@@ -397,7 +401,7 @@ class Site:
         return [s for s in self.selected() if s.acts(call, step)], call
 
     def _track(self, call: AttentionCall) -> Callable[[], int]:
-        """Follows the sequence: remembers where its prompt ended, forgets what belonged to the cache's last sequence."""
+        """Remembers where the sequence's prompt ended; forgets what belonged to the cache's last sequence."""
         cache, counted = call.cache, any(s.steps is not None and not isinstance(s.steps, str) for s in self.selected())
         if cache is None or (call.cross and not counted):
             return lambda: 0
@@ -440,7 +444,7 @@ class Site:
         if not s.edits:
             return
         if not isinstance(result, tuple) or len(result) != 2:
-            raise Fault(f"layer {self.layer}: {s.name}.queries_keys must return the pair (query, key).")
+            raise PartError(f"layer {self.layer}: {s.name}.queries_keys must return the pair (query, key).")
         sees = own.sees_any()
         self._check(s, "queries_keys", result[0], query, sees[..., None])
         if result[1] is not key:
@@ -453,7 +457,7 @@ class Site:
         shape = (*call.query.shape[:3], call.value.shape[3])
         if not isinstance(output, Tensor) or tuple(output.shape) != shape:
             got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise Fault(f"layer {self.layer}: {s.name} must return the heads' outputs of shape {shape}, not {got}.")
+            raise PartError(f"layer {self.layer}: {s.name} must return the heads' outputs of shape {shape}, not {got}.")
         if s.heads is None and own.rows is None:
             return output.to(call.value.dtype)
         chosen = own.take(output)
@@ -471,18 +475,18 @@ class Site:
     ) -> tuple[Tensor, Tensor | None]:
         for name in UNKNOWN_TO_DENSE:
             if call.keywords.get(name) is not None:
-                raise Fault(
-                    f"layer {self.layer}: this model passes `{name}` to its attention, which logits and probabilities of "
-                    "heedful do not know. Use parts of the stages queries_keys or outputs there."
+                raise PartError(
+                    f"layer {self.layer}: this model passes `{name}` to its attention, which the logits and "
+                    "probabilities of heedful do not know. Use parts of the stages queries_keys or outputs there."
                 )
         heads = {s: calls[s].head_list for s in weighing}
         for s in weighing:
             number = call.query.shape[2] if rows[s] is None else rows[s].shape[1]
             size = 4 * call.query.shape[0] * len(heads[s]) * number * call.key.shape[2]
             if s.max_bytes is not None and size > s.max_bytes:
-                raise Fault(
-                    f"layer {self.layer}: {s.name} would take {size:,} bytes for {len(heads[s])} heads x {number} rows x "
-                    f"{call.key.shape[2]} keys, over max_bytes={s.max_bytes:,}. Ask for fewer rows= or heads=."
+                raise PartError(
+                    f"layer {self.layer}: {s.name} would take {size:,} bytes for {len(heads[s])} heads x {number} rows "
+                    f"x {call.key.shape[2]} keys, over max_bytes={s.max_bytes:,}. Ask for fewer rows= or heads=."
                 )
         tiles = Weights(call, [(heads[s], rows[s]) for s in weighing])
         for s in weighing:
@@ -553,11 +557,11 @@ class Site:
     def _check(self, s: Selected, stage: str, new: Any, like: Tensor, matters: Tensor | None) -> None:
         where = f"layer {self.layer}: {s.name}.{stage}"
         if not isinstance(new, Tensor):
-            raise Fault(
+            raise PartError(
                 f"{where} returned {type(new).__name__}; an Edit must return the tensor (a Probe returns nothing)."
             )
         if new.shape != like.shape:
-            raise Fault(f"{where} returned shape {tuple(new.shape)}; it must keep {tuple(like.shape)}.")
+            raise PartError(f"{where} returned shape {tuple(new.shape)}; it must keep {tuple(like.shape)}.")
         if torch.compiler.is_compiling():
             return
         fine = torch.isfinite(new)
@@ -567,7 +571,7 @@ class Site:
             remedy = (
                 "to hide a visible key use a large negative number, such as -1e4" if stage == "logits" else "check it"
             )
-            raise Fault(f"{where} returned values that are not finite; {remedy}.")
+            raise PartError(f"{where} returned values that are not finite; {remedy}.")
 
     def _count(self, s: Selected, own: AttentionCall) -> None:
         if torch.compiler.is_compiling():
@@ -597,7 +601,7 @@ class _Untouched:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None and any(t._version != v for t, v in zip(self.tensors, self.versions, strict=True)):
-            raise Fault(
+            raise PartError(
                 f"layer {self.layer}: {self.name}.{self.stage} changed its tensor in place; "
                 "a Probe only reads, and an Edit of queries_keys must return new tensors."
             )

@@ -1,9 +1,9 @@
 """How `heedful.generate` tells attached parts that a forward verifies drafted tokens.
 
 A verification runs n rows a sample in one forward, with a mask in which each row sees its own sequence only. To every
-part it is a decode call: `rows="last"` and `rows="generated"` choose all its rows, since each is the last row of its own
-sequence, `steps` and boolean `rows` choose by the place that the row would have in `model.generate`, and a method is
-still called once with the whole batch (`call.rows` and `call.verification.steps` tell which row is what).
+part it is a decode call: `rows="last"` and `rows="generated"` choose all its rows, since each is the last row of its
+own sequence, `steps` and boolean `rows` choose by the place that the row would have in `model.generate`, and a method
+is still called once with the whole batch (`call.rows` and `call.verification.steps` tell which row is what).
 
     verify = Verification(model)                    # once per generate, before the prefill; refuses kernels that cannot
     ...
@@ -31,8 +31,9 @@ class Verification:
     The fields hold the step that runs (or has just run) and are what a part reads as `call.verification`.
 
     Attributes:
-        steps: (B, n) decode step of each row: its depth in the tree + the number of tokens generated before the root
-            - 0-based, so the root of the first step has step 0; -1 where a row holds no token.
+        steps: (B, n) decode step that each row stands for: its token would be generated token number `steps[b, i]`,
+            counted from 0. So the root has the number of tokens generated before it, and a node its depth more; -1
+            where a row holds no token.
         prompt_length: Length of the padded prompt; row (b, i) has the place `prompt_length + steps[b, i]` in the padded
             sequence of `model.generate`.
         lengths: (B,) filled key slots of each sample before this forward: slots 0 .. lengths[b] - 1 hold its sequence.
