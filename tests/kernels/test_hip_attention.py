@@ -1,0 +1,457 @@
+"""HiPAttention in real (tiny, random) models: exact where it reads all keys, else sparse as its masks say."""
+
+import pytest
+import torch
+from tiny_models import BOS, build, names
+from transformers import DynamicCache
+
+import heedful
+from heedful import HiPAttention, attach, kernels
+from heedful.attention import hip_attention
+from heedful.seam import Verification
+
+SMALL = {"top_k": 12, "block_size_q": 8, "sliding_window": 8, "num_sink_tokens": 2}
+DECODERS = names("decoder")
+
+
+def tokens(batch=2, length=48, seed=0):
+    ids = torch.randint(5, 80, (batch, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = BOS
+    return ids
+
+
+def left_padded(ids, padding):
+    """The batch with each row's first tokens replaced by as many padding tokens in front."""
+    mask = torch.ones_like(ids)
+    for row, count in enumerate(padding):
+        mask[row, :count] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def exhaustive(**arguments):
+    """A part that goes through the search though it may read every key: the search must find them all."""
+    part = HiPAttention(**{**SMALL, "top_k": 400, **arguments})
+    part._keys_a_row = 0
+    return part
+
+
+@torch.no_grad()
+def logits(model, *parts, **inputs):
+    with attach(model, *parts):
+        return model(**inputs).logits
+
+
+@torch.no_grad()
+def greedy(model, *parts, new_tokens=8, **inputs):
+    with attach(model, *parts):
+        return model.generate(
+            **inputs, do_sample=False, max_new_tokens=new_tokens, output_logits=True, return_dict_in_generate=True
+        )
+
+
+def real(values, mask):
+    return values[mask.bool()]
+
+
+@pytest.mark.parametrize("padding", [None, [0, 13]])
+@pytest.mark.parametrize("family", DECODERS)
+def test_equals_the_model_when_every_key_is_read(family, padding):
+    model = build(family, **({"sliding_window": 48} if family == "mistral" else {}))
+    inputs = {"input_ids": tokens()} if padding is None else left_padded(tokens(), padding)
+    mask = inputs.get("attention_mask", torch.ones(2, 48))
+    expected = logits(model, **inputs)
+    part = exhaustive()
+    found = logits(model, part, **inputs)
+    torch.testing.assert_close(real(found, mask), real(expected, mask), atol=2e-4, rtol=1e-4)
+    # At least one layer was computed here (those with a window of 6 tokens keep the model's own).
+    assert any(tally.keys_read > 0 for tally in part._tallies.values())
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2", "qwen3", "cohere2"])
+def test_generates_the_models_tokens_when_every_key_is_read(family, cache):
+    model = build(family)
+    inputs = left_padded(tokens(), [0, 5])
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    expected = greedy(model, **inputs, **options)
+    found = greedy(model, exhaustive(mask_refresh_interval=3), **inputs, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-4)
+
+
+def recording(monkeypatch):
+    """Collects the masks that the part uses, in order."""
+    masks = []
+
+    def record(*args, **kwargs):
+        output, mask = hip_attention(*args, **kwargs)
+        masks.append(mask)
+        return output, mask
+
+    monkeypatch.setattr(kernels.hip, "hip_attention", record)
+    return masks
+
+
+class Restrict(heedful.Edit):
+    """Dense attention that sees only what the masks chose."""
+
+    def __init__(self, masks):
+        super().__init__()
+        self.masks = iter(masks)
+
+    def logits(self, call, logits):
+        chosen = next(self.masks).dense()
+        return logits.masked_fill(~torch.nn.functional.pad(chosen, (0, logits.shape[-1] - chosen.shape[-1])), -1e9)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2", "gpt_oss", "granite", "deepseek_v3"])
+def test_output_is_what_its_masks_say_in_prefill_and_decoding(family, cache, monkeypatch):
+    changes = {"layer_types": ["full_attention"] * 3} if family in ("gemma2", "gpt_oss") else {}
+    model = build(family, **changes)
+    inputs = left_padded(tokens(length=64), [3, 21])
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    masks = recording(monkeypatch)
+    found = greedy(model, HiPAttention(**SMALL, mask_refresh_interval=3), **inputs, **options)
+    assert len(masks) == 3 * 8
+    assert all((mask.keys_read() <= 12 + 8 + 2 + 2).all() for mask in masks)
+    expected = greedy(model, Restrict(masks), **inputs, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-4)
+    plain = greedy(model, **inputs, **options)
+    assert not torch.allclose(found.logits[0], plain.logits[0], atol=1e-2)
+
+
+def test_short_inputs_run_the_models_own_attention_bit_for_bit():
+    model = build("llama")
+    ids = tokens(length=22)  # 12 + 8 + 2
+    part = HiPAttention(**SMALL)
+    with attach(model, part) as attached:
+        found = model(ids).logits
+    assert torch.equal(found, model(ids).logits)
+    for line in attached.report():
+        assert line["dense_calls"] == 1
+        assert line["keys_visible"] == 0
+        assert line["share_of_keys_read"] == 1.0
+    assert not torch.allclose(
+        logits(model, part, input_ids=tokens(length=40)), logits(model, input_ids=tokens(length=40))
+    )
+
+
+def test_decoding_with_a_refresh_at_each_step_equals_prefill_with_blocks_of_one():
+    model = build("llama")
+    part = HiPAttention(**SMALL | {"block_size_q": 1, "block_stride_q": 1}, mask_refresh_interval=1)
+    out = greedy(model, part, input_ids=tokens())
+    whole = logits(model, part, input_ids=out.sequences)
+    torch.testing.assert_close(torch.stack(out.logits, 1), whole[:, 47:-1], atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_stays_close_to_prefill():
+    model = build("llama")
+    part = HiPAttention(**SMALL | {"top_k": 24}, mask_refresh_interval=1)
+    out = greedy(model, part, input_ids=tokens())
+    whole = logits(model, part, input_ids=out.sequences)[:, 47:-1]
+    dense = logits(model, input_ids=out.sequences)[:, 47:-1]
+    found = torch.stack(out.logits, 1)
+    assert (found - whole).norm() < 0.6 * dense.norm()
+    assert (found - whole).norm() < (dense - whole).norm() * 1.5
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_left_padding_by_whole_blocks_changes_nothing(family):
+    model = build(family)
+    ids = tokens(batch=1, length=50)
+    alone = greedy(model, HiPAttention(**SMALL, mask_refresh_interval=4), input_ids=ids)
+    padded = {
+        "input_ids": torch.cat([torch.zeros(1, 16, dtype=torch.long), ids], 1),
+        "attention_mask": torch.cat([torch.zeros(1, 16, dtype=torch.long), torch.ones_like(ids)], 1),
+    }
+    together = greedy(model, HiPAttention(**SMALL, mask_refresh_interval=4), **padded)
+    assert torch.equal(together.sequences[:, 16:], alone.sequences)
+    torch.testing.assert_close(torch.stack(together.logits), torch.stack(alone.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_a_batch_do_not_mix():
+    model = build("llama")
+    ids = tokens(batch=3, length=50)
+    mask = left_padded(ids, [0, 9, 24])
+    together = greedy(model, HiPAttention(**SMALL, mask_refresh_interval=4), **mask)
+    for row in range(3):
+        one = {name: value[row : row + 1] for name, value in mask.items()}
+        alone = greedy(model, HiPAttention(**SMALL, mask_refresh_interval=4), **one)
+        assert torch.equal(together.sequences[row], alone.sequences[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_prefill_in_chunks_of_whole_blocks_equals_the_whole_prefill(family):
+    model = build(family)
+    inputs = left_padded(tokens(length=64), [0, 5])
+    with attach(model, HiPAttention(**SMALL)):
+        whole = model(**inputs).logits
+        cache, parts = DynamicCache(config=model.config), []
+        for start, end in ((0, 40), (40, 56), (56, 64)):
+            parts.append(
+                model(
+                    input_ids=inputs["input_ids"][:, start:end],
+                    attention_mask=inputs["attention_mask"][:, :end],
+                    position_ids=torch.arange(start, end).expand(2, -1),
+                    past_key_values=cache,
+                ).logits
+            )
+    mask = inputs["attention_mask"]
+    torch.testing.assert_close(real(torch.cat(parts, 1), mask), real(whole, mask), atol=2e-4, rtol=1e-4)
+
+
+def test_generate_with_prefill_chunks():
+    model = build("llama")
+    ids = tokens(length=64)
+    whole = greedy(model, HiPAttention(**SMALL), input_ids=ids)
+    chunks = greedy(model, HiPAttention(**SMALL), input_ids=ids, prefill_chunk_size=16)
+    assert torch.equal(whole.sequences, chunks.sequences)
+
+
+@torch.no_grad()
+def test_a_choice_follows_its_row_when_the_cache_is_reordered():
+    model = build("llama")
+    ids = tokens(batch=3, length=50)
+    order = torch.tensor([2, 0, 0])
+
+    def run(rows, steps, reorder=None):
+        cache = DynamicCache(config=model.config)
+        mask = torch.ones(len(rows), 50, dtype=torch.long)
+        model(input_ids=ids[rows], past_key_values=cache, attention_mask=mask)
+        for step in range(steps):
+            if step == 3 and reorder is not None:
+                cache.reorder_cache(reorder)
+                rows = [rows[i] for i in reorder.tolist()]
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            # Row r reads its own tokens, whatever place it has by now.
+            out = model(input_ids=ids[rows][:, 5 + step : 6 + step], past_key_values=cache, attention_mask=mask).logits
+        return out
+
+    with attach(model, HiPAttention(**SMALL, mask_refresh_interval=50)):
+        together = run([0, 1, 2], 6, order)
+        for place, row in enumerate(order.tolist()):
+            alone = run([row], 6)
+            torch.testing.assert_close(together[place : place + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cropped_or_repeated_cache_is_searched_anew():
+    model = build("llama")
+    part = HiPAttention(**SMALL, mask_refresh_interval=50)
+    cache = DynamicCache(config=model.config)
+
+    def step(batch):
+        model(input_ids=torch.full((batch, 1), 7), past_key_values=cache)
+        return part.summary(0)["refreshes"]
+
+    with attach(model, part):
+        model(input_ids=tokens(batch=2, length=50), past_key_values=cache)
+        assert [step(2) for _ in range(3)] == [1, 1, 1]
+        cache.crop(-8)
+        assert [step(2) for _ in range(2)] == [2, 2]
+        cache.batch_repeat_interleave(2)
+        assert [step(4) for _ in range(2)] == [3, 3]
+
+
+def test_beam_search_runs_and_reads_what_plain_decoding_would():
+    model = build("llama")
+    inputs = left_padded(tokens(length=50), [0, 9])
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 8}
+    with attach(model, exhaustive(mask_refresh_interval=4)):
+        found = model.generate(**inputs, **options)
+    assert torch.equal(found, model.generate(**inputs, **options))
+    with attach(model, HiPAttention(**SMALL, mask_refresh_interval=4)):
+        sparse = model.generate(**inputs, **options)
+    assert sparse.shape[0] == 2
+
+
+def test_a_new_sequence_starts_without_memory():
+    model = build("llama")
+    part = HiPAttention(**SMALL, mask_refresh_interval=50)
+    first, second = tokens(seed=1), tokens(seed=2, length=57)
+    expected = [
+        greedy(model, HiPAttention(**SMALL, mask_refresh_interval=50), input_ids=x).sequences for x in (first, second)
+    ]
+    with attach(model, part):
+        for _ in range(2):
+            for ids, sequences in zip((first, second), expected, strict=True):
+                assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=8), sequences)
+
+
+@pytest.mark.parametrize(("interval", "refreshes"), [(1, 9), (2, 5), (4, 3), (100, 1)])
+def test_report_counts_refreshes_and_keys(interval, refreshes, monkeypatch):
+    model = build("llama")
+    masks = recording(monkeypatch)
+    with attach(model, HiPAttention(**SMALL, mask_refresh_interval=interval), layers=[0, 2]) as attached:
+        model.generate(**left_padded(tokens(), [0, 13]), do_sample=False, max_new_tokens=10)
+    report = attached.report()
+    assert [line["layer"] for line in report] == [0, 2]
+    for place, line in enumerate(report):
+        assert line["refreshes"] == refreshes
+        assert line["dense_calls"] == 0
+        dense = [mask.dense() for mask in masks[place::2]]
+        assert line["keys_read"] == sum(int(m.sum()) for m in dense)
+        # 4 heads; a row of 48 and one of 35 tokens, and 9 more that were fed back.
+        assert line["keys_visible"] == 4 * sum(sum(range(1, n + 10)) for n in (48, 35))
+        assert line["share_of_keys_read"] == line["keys_read"] / line["keys_visible"]
+        assert 0.2 < line["share_of_keys_read"] < 0.95
+
+
+def test_dense_layers_and_layers():
+    model = build("llama")
+    ids = tokens()
+    with attach(model, HiPAttention(**SMALL, dense_layers=2)) as attached, torch.no_grad():
+        out = model(ids, output_hidden_states=True)
+    plain = model(ids, output_hidden_states=True)
+    assert torch.equal(out.hidden_states[2], plain.hidden_states[2])
+    assert not torch.equal(out.logits, plain.logits)
+    assert [line["dense_calls"] for line in attached.report()] == [1, 1, 0]
+    only_last = logits(model, HiPAttention(**SMALL, layers=[2]), input_ids=ids)
+    assert torch.equal(out.logits, only_last)
+
+
+def test_prefill_dense_threshold_keeps_the_prompt_dense():
+    model = build("llama")
+    ids = tokens()
+    part = HiPAttention(**SMALL, prefill_dense_threshold=48)
+    out, plain = greedy(model, part, input_ids=ids), greedy(model, input_ids=ids)
+    assert torch.equal(out.logits[0], plain.logits[0])
+    assert not torch.equal(out.logits[1], plain.logits[1])
+    longer = tokens(length=49)
+    assert not torch.equal(logits(model, part, input_ids=longer), logits(model, input_ids=longer))
+
+
+def test_steps_and_heads_restrict_it():
+    model = build("llama")
+    ids = tokens()
+    out = greedy(model, HiPAttention(**SMALL, steps="decode"), input_ids=ids)
+    plain = greedy(model, input_ids=ids)
+    assert torch.equal(out.logits[0], plain.logits[0])
+    assert not torch.equal(out.logits[1], plain.logits[1])
+
+    class Outputs(heedful.Probe):
+        def outputs(self, call, output):
+            self.seen = output
+
+    probe = Outputs(layers=[0])
+    logits(model, probe, input_ids=ids)
+    dense = probe.seen
+    logits(model, HiPAttention(**SMALL, layers=[0], heads=[2]), probe, input_ids=ids)
+    assert torch.equal(probe.seen[:, [0, 1, 3]], dense[:, [0, 1, 3]])
+    assert not torch.equal(probe.seen[:, 2], dense[:, 2])
+
+
+def test_a_layer_with_a_window_keeps_the_models_kernel_once_the_keys_exceed_it():
+    model = build("gemma2", sliding_window=30)
+    part = HiPAttention(**SMALL)
+    logits(model, part, input_ids=tokens(length=30))
+    assert [part.summary(layer)["dense_calls"] for layer in range(3)] == [0, 0, 0]
+    greedy(model, part, input_ids=tokens(length=40))
+    assert [part.summary(layer)["dense_calls"] for layer in range(3)] == [8, 0, 8]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype):
+    model = build("llama", dtype=dtype)
+    expected = logits(model, input_ids=tokens())
+    found = logits(model, exhaustive(), input_ids=tokens())
+    assert found.dtype == dtype
+    assert (found - expected).float().norm() < 0.03 * expected.float().norm()
+
+
+def test_backward():
+    model = build("llama").train()
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    dense = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with attach(model, exhaustive()):
+        model(input_ids=ids, labels=ids).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, dense[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+# ---- what it refuses
+
+
+def refused(model, message, *, part=None, **inputs):
+    with pytest.raises(ValueError, match=message), attach(model, part or HiPAttention(**SMALL)), torch.no_grad():
+        model(**inputs)
+
+
+def test_attention_that_is_not_causal_is_refused():
+    refused(build("bert"), "layer 0: HiPAttention is causal", input_ids=tokens())
+
+
+def test_a_position_bias_is_refused():
+    refused(build("t5"), "layer 0: HiPAttention knows no position bias", input_ids=tokens(), decoder_input_ids=tokens())
+
+
+def test_dropout_is_refused():
+    refused(build("llama", attention_dropout=0.1).train(), "model.eval()", input_ids=tokens())
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_masks_that_are_not_causal_with_padding_are_refused(attn):
+    model, ids = build("llama", attn=attn), tokens()
+    causal = torch.ones(48, 48, dtype=torch.bool).tril()
+    tree = causal.clone()
+    tree[40, 30] = False
+    prefix = causal.clone()
+    prefix[:5, :5] = True
+    window = causal & ~causal.tril(-10)
+    for seen in (tree, prefix, window):
+        mask = seen.expand(2, 1, 48, 48)
+        if attn == "eager":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+        refused(model, "another one", input_ids=ids, attention_mask=mask)
+    fine = causal.expand(2, 1, 48, 48)
+    if attn == "eager":
+        fine = torch.zeros(fine.shape).masked_fill(~fine, torch.finfo(torch.float32).min)
+        refused(model, "another one", input_ids=ids, attention_mask=fine + 0.1)
+    expected = logits(model, HiPAttention(**SMALL), input_ids=ids)
+    assert torch.equal(logits(model, HiPAttention(**SMALL), input_ids=ids, attention_mask=fine), expected)
+
+
+def test_packed_sequences_are_refused():
+    positions = torch.cat([torch.arange(20), torch.arange(28)]).expand(1, -1)
+    refused(build("llama"), "another one", input_ids=tokens(batch=1), position_ids=positions, use_cache=False)
+
+
+def test_prefixes_of_images_are_refused():
+    model = build("gemma3_text")
+    prefix = torch.ones(48, 48, dtype=torch.bool).tril()
+    prefix[2:6, 2:6] = True
+    refused(model, "layer 1: .* another one", input_ids=tokens(), attention_mask=prefix.expand(2, 1, 48, 48))
+
+
+def test_drafted_tokens_are_refused():
+    model = build("llama")
+    with attach(model, HiPAttention(**SMALL)), pytest.raises(ValueError, match="HiPAttention cannot honour"):
+        Verification(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 0}, "top_k"),
+        ({"mask_refresh_interval": 0}, "mask_refresh_interval"),
+        ({"dense_layers": -1}, "dense_layers"),
+        ({"impl": "triton"}, "not there yet"),
+        ({"sample_method": "best"}, "sample_method"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HiPAttention(**arguments)
+
+
+def test_leaving_restores_the_model():
+    model = build("llama")
+    expected = model(tokens()).logits
+    with attach(model, HiPAttention(**SMALL)):
+        model(tokens())
+    assert torch.equal(model(tokens()).logits, expected)
