@@ -1,0 +1,25 @@
+"""Lossless generation: a drafter proposes a tree of tokens, the engine verifies it in one forward of the model.
+
+Read in this order: tree (what is proposed), drafter (who proposes), engine (draft, verify, walk, commit), masks and cache
+(what makes one forward verify many continuations), selection (generate's own choices), support (what is refused and why),
+generate (the public functions); then the drafters: prompt_lookup, token_recycling.
+"""
+
+from heedful.decoding.drafter import Drafter, DraftingOutputs
+from heedful.decoding.generate import Generation, custom_generate, generate
+from heedful.decoding.prompt_lookup import PromptLookup
+from heedful.decoding.stats import DecodingStats
+from heedful.decoding.token_recycling import TokenRecycling
+from heedful.decoding.tree import DraftTree
+
+__all__ = [
+    "DecodingStats",
+    "DraftTree",
+    "Drafter",
+    "DraftingOutputs",
+    "Generation",
+    "PromptLookup",
+    "TokenRecycling",
+    "custom_generate",
+    "generate",
+]

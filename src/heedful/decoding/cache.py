@@ -1,0 +1,108 @@
+"""Full-length key-value caches from which an accepted path is kept and the rest of a tree is dropped.
+
+A model's own cache drops the keys that have left a sliding window, and with them the rows a rejected draft would need
+again. The engine therefore keeps every key and puts windows and chunks into its masks (`heedful.decoding.masks`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+#: The cache layers of models whose attention is a function of keys, values and a mask, by exact class name. `DummyLayer`
+#: (layers that share another layer's keys) does not exist in older transformers, hence the name.
+SUPPORTED_LAYERS = (DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__, "DummyLayer")
+
+
+class AmortizedLayer(DynamicLayer):
+    """A `DynamicLayer` with spare room at its end: a step writes its rows in place, and only a full buffer is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def _reserve(self, end: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        if self._room is None or end > self._room[0].shape[2]:
+            capacity = end + max(128, end // 2)
+            grown = tuple(s.new_empty((*s.shape[:2], capacity, s.shape[3])) for s in (key_states, value_states))
+            if self._room is not None:
+                for new, old in zip(grown, self._room, strict=True):
+                    new[:, :, : self.length] = old[:, :, : self.length]
+            self._room = (grown[0], grown[1])
+        return self._room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Appends ``(B, H, n, D)`` keys and values; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.length, self.length + key_states.shape[2]
+        keys, values = self._reserve(end, key_states, value_states)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.resize(end)
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def resize(self, length: int) -> None:
+        """Keeps the first ``length`` rows."""
+        if self._room is not None:
+            self.length = length
+            self.keys, self.values = self._room[0][:, :, :length], self._room[1][:, :, :length]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class TreeCache(Cache):
+    """The engine's cache: every layer keeps every key; `commit` moves the accepted rows down and drops the others.
+
+    Args:
+        model: the model the cache is for.
+        max_cache_len: rows of a static cache; None gives a dynamic one.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_cache_len: int | None = None) -> None:
+        own = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        super().__init__(layers=[_full_length(layer, max_cache_len) for layer in own])
+        self.max_cache_len = max_cache_len
+
+    def commit(self, sources: Tensor | None, targets: Tensor | None, length: int) -> None:
+        """Copies rows ``sources`` to rows ``targets`` (both ``(B, m)``, or None: nothing moves) and keeps ``length`` rows."""
+        moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        for layer in self.layers:
+            if layer.keys is None:  # shares another layer's keys
+                continue
+            if sources is not None and targets is not None:
+                device = layer.keys.device
+                if device not in moved:
+                    moved[device] = (sources.to(device), targets.to(device))
+                for states in (layer.keys, layer.values):
+                    _move(states, *moved[device])
+            if isinstance(layer, AmortizedLayer):
+                layer.resize(length)
+            else:
+                layer.cumulative_length.fill_(length)
+
+
+def _full_length(layer: CacheLayerMixin, max_cache_len: int | None) -> CacheLayerMixin:
+    if layer.keys is None and type(layer).__name__ == "DummyLayer":
+        return layer
+    return AmortizedLayer() if max_cache_len is None else StaticLayer(max_cache_len=max_cache_len)
+
+
+def _move(states: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """In place: rows ``targets`` of ``(B, H, T, D)`` become what rows ``sources`` were; the ranges may overlap."""
+    if states.shape[0] == 1:
+        states.index_copy_(2, targets[0], states.index_select(2, sources[0]))
+        return
+    heads, width = states.shape[1], states.shape[3]
+    rows = states.gather(2, sources[:, None, :, None].expand(-1, heads, -1, width))
+    states.scatter_(2, targets[:, None, :, None].expand(-1, heads, -1, width), rows)

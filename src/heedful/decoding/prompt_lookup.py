@@ -1,0 +1,69 @@
+"""Prompt lookup: what followed the last few tokens the last time they occurred."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import LongTensor
+
+from heedful.decoding.drafter import Drafter
+from heedful.decoding.tree import DraftTree
+
+
+class PromptLookup(Drafter):
+    """Drafts by copying: the tokens that followed the latest earlier occurrence of the longest matching n-gram.
+
+    The n-grams end with the last token chosen; ``max_ngram_size`` is tried first, then shorter ones down to a single token.
+    Nothing is learned or kept: each row looks into its own prompt and output.
+
+    Example:
+        >>> import heedful
+        >>> from heedful.decoding import PromptLookup
+        >>> model, tokenizer = heedful.zoo.load("classics-20m")
+        >>> ids = tokenizer("one two three four, one two three", return_tensors="pt").input_ids
+        >>> result = heedful.generate(model, ids, PromptLookup(), max_new_tokens=32, do_sample=False)
+
+    Args:
+        num_tokens: the most tokens drafted a step. Default 10.
+        max_ngram_size: the longest n-gram looked for. Default 3.
+
+    Cost:
+        One pass over the row's tokens a step, microseconds at thousands of tokens; no memory. A step verifies up to
+        ``num_tokens + 1`` rows.
+
+    When not to use:
+        Where the output does not repeat the input or itself: it then drafts what is rarely right (`TokenRecycling` learns
+        from what the model computes). It shines in summaries, edits and code.
+
+    Paper:
+        Prompt Lookup Decoding, Apoorv Saxena, 2023 (no arXiv paper); the same idea is LLMA in "Inference with Reference:
+        Lossless Acceleration of Large Language Models", Yang, Ge, Wang, Jiao, Jiang, Yang, Majumder, Wei, arXiv 2304.04487.
+    """
+
+    def __init__(self, num_tokens: int = 10, max_ngram_size: int = 3) -> None:
+        if num_tokens < 1 or max_ngram_size < 1:
+            raise ValueError(f"num_tokens and max_ngram_size must be at least 1, got {num_tokens} and {max_ngram_size}")
+        self.num_tokens, self.max_ngram_size = num_tokens, max_ngram_size
+
+    def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None]:
+        return [self._lookup(int(root), row.numpy()) for root, row in zip(roots, committed, strict=True)]
+
+    def _lookup(self, root: int, tokens: np.ndarray) -> DraftTree | None:
+        ends = np.flatnonzero(tokens == root)  # earlier occurrences of the 1-gram
+        for size in range(1, self.max_ngram_size):  # keep those whose `size` tokens before match as well
+            if size > len(tokens):
+                break
+            longer = ends[ends >= size]
+            longer = longer[tokens[longer - size] == tokens[len(tokens) - size]]
+            if len(longer) == 0:
+                break
+            ends = longer
+        if len(ends) == 0:
+            return None
+        after = ends[-1] + 1
+        continuation = tokens[after : after + self.num_tokens].tolist()
+        if len(continuation) < self.num_tokens and after <= len(tokens):
+            continuation.append(root)  # the text goes on with the root itself
+        return DraftTree.chain(torch.tensor([root, *continuation]))  # type: ignore[arg-type]

@@ -1,0 +1,102 @@
+"""How much a forward costs by the number of rows it verifies: what decides how large a tree should be."""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from heedful.decoding.cache import TreeCache
+from heedful.decoding.masks import MaskBuilder
+from heedful.decoding.support import model_device
+from heedful.decoding.tree import VerifiedTree, topology
+from heedful.seam import Verification
+
+#: Rows of a forward, the root included, that are timed.
+ROWS = (1, 2, 4, 8, 16, 32, 64, 81)
+_CONTEXT = 256  # tokens in the cache while timing
+_SECONDS = 0.12  # spent on each size at least, and two forwards
+# Relative costs where timing is not possible: measured with a 19 M model on 2 cores; on a GPU small trees are nearly free.
+_USUAL = {"cpu": (1.0, 1.2, 1.35, 1.5, 2.0, 2.6, 3.2, 3.6), "cuda": (1.0, 1.02, 1.04, 1.06, 1.08, 1.1, 1.2, 1.25)}
+
+_measured: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], np.ndarray]] = WeakKeyDictionary()
+
+
+def forward_costs(model: PreTrainedModel, batch_size: int = 1, max_rows: int = ROWS[-1]) -> np.ndarray:
+    """Seconds of one forward that verifies 1, 2, ..., ``max_rows`` rows in each row of a batch.
+
+    `ROWS` are timed once per model, device, dtype and number of threads, on `_CONTEXT` tokens; what lies between is
+    interpolated, and what lies beyond extrapolated. A model with attached parts is not timed, since its parts would take
+    those forwards for text: the usual relative costs are returned then (in units of a forward of one row).
+
+    Returns:
+        ``(max_rows,)`` float64, never decreasing; entry n - 1 is the cost of n rows.
+    """
+    device = model_device(model)
+    key = (device, model.dtype, torch.get_num_threads())
+    times = _measured.get(model, {}).get(key)
+    if times is None:
+        if _attached(model):
+            times = np.array(_USUAL.get(device.type, _USUAL["cuda"]))
+        else:
+            times = _time(model, device)
+            _measured.setdefault(model, {})[key] = times
+    rows = np.arange(1, max_rows + 1) * batch_size
+    slope = max(0.0, (times[-1] - times[-2]) / (ROWS[-1] - ROWS[-2]))
+    return np.interp(rows, ROWS, times) + slope * np.maximum(0, rows - ROWS[-1])
+
+
+def _attached(model: PreTrainedModel) -> bool:
+    try:
+        return Verification(model).attached
+    except ValueError:  # a kernel that cannot verify trees
+        return True
+
+
+@torch.no_grad()
+def _time(model: PreTrainedModel, device: torch.device) -> np.ndarray:
+    config = model.config.get_text_config(decoder=True)
+    longest = getattr(config, "max_position_embeddings", None) or 1 << 30
+    context = max(1, min(_CONTEXT, longest - ROWS[-1]))
+    # The class's own forward: hooks and wrappers on the instance are not meant for timing, except those that place weights.
+    forward = model if hasattr(model, "_hf_hook") else lambda **inputs: type(model).forward(model, **inputs)
+    times = []
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=model.training):
+        cache = TreeCache(model)
+        masks = MaskBuilder(config, None, model.dtype, device, None)
+        tokens = torch.zeros((1, max(context, ROWS[-1])), dtype=torch.long, device=device)
+        forward(input_ids=tokens[:, :context], past_key_values=cache, use_cache=True, return_dict=True)
+        for rows in ROWS:
+            if context + rows > longest:  # a tiny model: as dear as the largest tree that fits
+                times.append(times[-1])
+                continue
+            shape = topology(tuple(range(-1, rows - 1)))
+            mask = masks.build([VerifiedTree([0] * rows, shape)], [context], context, rows)
+            best, spent, runs = float("inf"), 0.0, 0
+            while runs < 3 or (spent < _SECONDS and runs < 20):
+                _wait(device)
+                began = perf_counter()
+                forward(
+                    input_ids=tokens[:, :rows],
+                    attention_mask=mask,
+                    past_key_values=cache,
+                    use_cache=True,
+                    return_dict=True,
+                )
+                _wait(device)
+                seconds = perf_counter() - began
+                cache.commit(None, None, context)
+                best, spent, runs = min(best, seconds), spent + seconds, runs + 1
+                if runs == 2 and spent > 2.0:  # a slow model: two forwards tell enough
+                    break
+            times.append(best)
+    return np.maximum.accumulate(np.array(times))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

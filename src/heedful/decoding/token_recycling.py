@@ -1,0 +1,356 @@
+"""Token Recycling: the candidates the model computed and threw away become the drafts of later steps.
+
+An adjacency matrix holds, for every token of the vocabulary, the k tokens that the model last found most likely after it.
+A step reads a tree out of it, from the last token down, along a fixed template; one forward verifies the tree; and every
+verified node, accepted or rejected, writes its own top-k back into the matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import LongTensor, Tensor
+from transformers import PreTrainedModel
+
+from heedful.decoding.drafter import Drafter, DraftingOutputs
+from heedful.decoding.sizing import forward_costs
+from heedful.decoding.support import vocabulary_size
+from heedful.decoding.tree import DraftTree
+
+#: The paper's template: how many children each node has. A node is the path of candidate ranks that leads to it.
+_CHILDREN: dict[tuple[int, ...], int] = {
+    (): 8,
+    **{(0,): 8, (1,): 4, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1},
+    **{(0, 0): 8, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1, (0, 6): 1, (0, 7): 1},
+    **{(1, 0): 2, (1, 1): 1, (2, 0): 1, (3, 0): 1, (4, 0): 1, (5, 0): 1},
+    **{(0, 0, 0): 5, (0, 0, 1): 2, (0, 0, 2): 1, (0, 0, 3): 1, (0, 0, 4): 1},
+    **{(0, 1, 0): 1, (0, 2, 0): 1, (1, 0, 0): 1, (2, 0, 0): 1, (3, 0, 0): 1},
+    **{(0, 0, 0, 0): 3, (0, 0, 0, 1): 1, (0, 0, 0, 2): 1, (0, 0, 1, 0): 1, (0, 1, 0, 0): 1, (1, 0, 0, 0): 1},
+    **{(0, 0, 0, 0, 0): 2, (0, 0, 0, 1, 0): 1},
+}
+#: The paper's 80 nodes as paths of ranks, level by level: 8 / 21 / 25 / 15 / 8 / 3.
+PAPER_TEMPLATE: tuple[tuple[int, ...], ...] = tuple(
+    sorted(((*path, rank) for path, count in _CHILDREN.items() for rank in range(count)), key=lambda p: (len(p), p))
+)
+
+_UNSEEN = -1
+_BUCKETS = 16  # of a candidate's probability, in the table of measured acceptance rates
+_PRIOR = 8.0  # observations that the prior of a rate counts for
+_MEMORY = 0.98  # decay per step of the tokens per second that a larger tree has to beat
+
+
+class TokenRecycling(Drafter):
+    """Drafts from an adjacency matrix of the model's own recent top-k candidates. No training and no second model.
+
+    The matrix holds ``num_candidates`` successors of every token, as the model last ranked them. A draft is a tree of
+    successors of successors, in the shape of the paper's 80-node template; of it the ``max_nodes`` nodes that are most
+    likely to be accepted are verified. That likelihood is the product, along a node's path, of acceptance rates measured
+    while decoding (by a candidate's rank and the probability the model gave it). After a step every verified node writes
+    its top candidates back. The matrix outlives a generate, so later prompts start warm; `clear` forgets it.
+
+    Example:
+        >>> import heedful
+        >>> from heedful.decoding import TokenRecycling
+        >>> model, tokenizer = heedful.zoo.load("classics-20m")
+        >>> drafter = TokenRecycling()
+        >>> ids = tokenizer("It was the best of times,", return_tensors="pt").input_ids
+        >>> result = heedful.generate(model, ids, drafter, max_new_tokens=64, do_sample=False)
+        >>> result.stats.tokens_per_step  # 1.0 is plain decoding
+
+    Args:
+        num_candidates: k, successors kept of each token. Default 8.
+        tree_template: the tree's nodes as paths of candidate ranks, ``[(0,), (1,), (0, 0), ...]``; every node's parent must
+            be there too. ``[]`` is plain decoding. Default None: the paper's 80 nodes.
+        max_nodes: drafted nodes a step at most, the root not counted. ``"auto"`` times the model's forward at 1 to 81 rows,
+            once per model, device and dtype (about a second), and verifies in each step the number of nodes with the
+            highest expected tokens per second. Default ``"auto"``.
+        share_rows: one matrix for all rows of a batch; False keeps one for each row, so that no row's drafts (never its
+            output, but its speed) depend on another's text. Default True.
+        update_from_prompt: also write the top candidates of every prompt token, which makes the prefill compute logits for
+            the whole prompt. Default False, as in the paper.
+
+    Attributes:
+        matrices: one `AdjacencyMatrix`, or one a row.
+
+    Cost:
+        ``5 V k`` bytes of host memory (330 kB for V = 8192, k = 8). A step reads the draft in about 0.1 ms and takes a top-k
+        over the verified rows, 0.1 ms for 8 rows of V = 8192 on a CPU. The verification itself is a forward of up to 81 rows,
+        which ``max_nodes`` bounds: on a GPU it costs about as much as one row, on a CPU 8 rows cost 1.5.
+
+    When not to use:
+        At large batch sizes, where the device has no idle compute for additional rows. Where outputs copy long passages of
+        the prompt, `PromptLookup` drafts longer. The matrix shared over requests shows, through timing, which tokens followed
+        which for other users: use ``clear()`` or one drafter per tenant.
+
+    Paper:
+        "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling", Luo, Wang, Zhu,
+        Zhang, Zhang, Yang, Xu, Che, ACL 2025, arXiv 2408.08696. Where we differ: unseen tokens have no children (the paper
+        drafts token 0), processors act on the verifier only, the tree is cut to the nodes that pay on the device, and of
+        several nodes with the same token an accepted one writes last.
+    """
+
+    def __init__(
+        self,
+        num_candidates: int = 8,
+        tree_template: Sequence[Sequence[int]] | None = None,
+        max_nodes: int | str = "auto",
+        share_rows: bool = True,
+        update_from_prompt: bool = False,
+    ) -> None:
+        if num_candidates < 1:
+            raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
+        if max_nodes != "auto" and (isinstance(max_nodes, (str, bool)) or max_nodes < 0):
+            raise ValueError(f"max_nodes must be 'auto' or a number of nodes from 0, got {max_nodes!r}")
+        self.num_candidates, self.max_nodes = num_candidates, max_nodes
+        self.share_rows, self.update_from_prompt = share_rows, update_from_prompt
+        if tree_template is None:
+            paths = [path for path in PAPER_TEMPLATE if max(path) < num_candidates]
+        else:
+            paths = [tuple(path) for path in tree_template]
+        self.template = TreeTemplate(paths, num_candidates)
+        self.requires = frozenset({"logits", "prompt_logits"} if update_from_prompt else {"logits"})
+        self.clear()
+
+    # Drafter ----------------------------------------------------------------------------------------------------------
+
+    def begin(self, model: PreTrainedModel, batch_size: int) -> None:
+        vocabulary = _tokens_with_logits(model)
+        if self.matrices and self.matrices[0].vocabulary != vocabulary:
+            raise ValueError(
+                f"this TokenRecycling has learned {self.matrices[0].vocabulary} tokens, but {type(model).__name__} has "
+                f"{vocabulary}; call clear() first, or use one drafter per model"
+            )
+        while len(self.matrices) < (1 if self.share_rows else batch_size):
+            self.matrices.append(AdjacencyMatrix(vocabulary, self.num_candidates))
+        self._costs = None
+        if self.max_nodes == "auto" and len(self.template):
+            self._costs = forward_costs(model, batch_size, len(self.template) + 1) / batch_size
+
+    def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
+        if not self.update_from_prompt or outputs.logits is None:
+            return
+        for row in range(tokens.shape[0]):
+            matrix = self._matrix(row)
+            start = 0 if outputs.attention_mask is None else int(outputs.attention_mask[row].int().argmax())
+            for at in range(start, tokens.shape[1], 256):  # in pieces: logits of a whole prompt are large in float32
+                chunk = slice(at, at + 256)
+                matrix.write(tokens[row, chunk].cpu().numpy(), *matrix.candidates(outputs.logits[row, chunk]))
+
+    def propose(self, roots: LongTensor, committed: list[LongTensor]) -> list[DraftTree | None]:
+        return [self._read(self._matrix(row), root) for row, root in enumerate(roots.tolist())]
+
+    def update(
+        self,
+        trees: list[DraftTree | None],
+        outputs: DraftingOutputs,
+        paths: list[list[int]],
+        new_roots: LongTensor,
+    ) -> None:
+        assert outputs.logits is not None
+        candidates, probabilities = self.matrices[0].candidates(outputs.logits)
+        for row, tree in enumerate(trees):
+            if tree is None:
+                continue
+            matrix, path = self._matrix(row), paths[row]
+            tokens = tree.tokens.numpy()
+            followers = np.append(tokens[path[1:]], int(new_roots[row]))
+            matrix.learn_rates(tokens[path], followers)
+            # Where a token stands in several nodes, the last one written stays: let that be an accepted one.
+            rejected = np.ones(len(tokens), dtype=bool)
+            rejected[path] = False
+            order = np.concatenate([np.flatnonzero(rejected), path])
+            matrix.write(tokens[order], candidates[row][order], probabilities[row][order])
+            if self._costs is not None:
+                self._pace = _MEMORY * self._pace + np.array([len(path), self._costs[len(tokens) - 1]])
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def clear(self) -> None:
+        """Forgets the matrix and the measured acceptance rates."""
+        self.matrices: list[AdjacencyMatrix] = []
+        self._costs: np.ndarray | None = None
+        self._pace = np.zeros(2)  # decayed tokens and seconds: what a larger tree has to beat
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes what was learned as safetensors: ``tokens`` int32 ``(rows, V, k)``, -1 where nothing is known yet.
+
+        Raises:
+            ValueError: nothing has been learned yet.
+        """
+        if not self.matrices:
+            raise ValueError("there is nothing to save: this TokenRecycling has not been used in a generate yet")
+        arrays = [matrix.state() for matrix in self.matrices]
+        save_file({name: np.stack([state[name] for state in arrays]) for name in arrays[0]}, str(path))
+
+    def load(self, path: str | PathLike[str]) -> TokenRecycling:
+        """Reads what `save` wrote, in place of what was learned; returns the drafter itself.
+
+        Raises:
+            ValueError: the file was written with another ``num_candidates``, or by something else.
+        """
+        arrays = load_file(str(path))
+        if set(arrays) != {"tokens", "codes", "hits", "seen"} or arrays["tokens"].ndim != 3:
+            raise ValueError(f"{path} is no file of TokenRecycling.save: it holds {sorted(arrays)}")
+        _, vocabulary, k = arrays["tokens"].shape
+        if k != self.num_candidates:
+            raise ValueError(f"{path} was saved with num_candidates={k}, this drafter has {self.num_candidates}")
+        self.clear()
+        for row in range(1 if self.share_rows else len(arrays["tokens"])):
+            matrix = AdjacencyMatrix(vocabulary, k)
+            matrix.restore({name: array[row] for name, array in arrays.items()})
+            self.matrices.append(matrix)
+        return self
+
+    # Reading a draft --------------------------------------------------------------------------------------------------
+
+    def _matrix(self, row: int) -> AdjacencyMatrix:
+        return self.matrices[0 if self.share_rows else row]
+
+    def _read(self, matrix: AdjacencyMatrix, root: int) -> DraftTree | None:
+        if not len(self.template) or self.max_nodes == 0 or root >= matrix.vocabulary:
+            return None
+        tokens, scores = self.template.read(matrix, root)
+        order = np.argsort(-scores, kind="stable")  # a node never scores above its parent, and comes after it when equal
+        known = int(np.count_nonzero(scores))
+        if self._costs is None:
+            count = min(known, int(self.max_nodes) + 1)
+        else:
+            count = self._best_size(scores[order[:known]])
+        if count == 1:
+            return None
+        nodes = np.sort(order[:count])
+        renumbered = np.full(len(scores), -1)
+        renumbered[nodes] = np.arange(count)
+        parents = renumbered[self.template.parents[nodes]]
+        parents[0] = -1
+        return DraftTree(torch.from_numpy(tokens[nodes]), torch.from_numpy(parents))  # type: ignore[arg-type]
+
+    def _best_size(self, scores: np.ndarray) -> int:
+        """How many of the best nodes to verify, root included, for the most tokens per second over time.
+
+        A node is worth its cost if it brings more tokens than the same time brings on average: maximise
+        ``tokens(n) - pace * seconds(n)``. Without a history, maximise the ratio.
+        """
+        assert self._costs is not None
+        expected, seconds = np.cumsum(scores), self._costs[: len(scores)]
+        if self._pace[1] == 0.0:
+            return int(np.argmax(expected / seconds)) + 1
+        return int(np.argmax(expected - self._pace[0] / self._pace[1] * seconds)) + 1
+
+
+class TreeTemplate:
+    """A tree of candidate ranks, in depth-first order: the likeliest path lies in consecutive rows, which commit for free.
+
+    Args:
+        paths: the nodes as paths of ranks from the root, without the root itself.
+        num_candidates: ranks lie below this.
+    """
+
+    def __init__(self, paths: Sequence[tuple[int, ...]], num_candidates: int) -> None:
+        nodes = [(), *sorted(set(paths))]
+        index = {path: node for node, path in enumerate(nodes)}
+        for path in paths:
+            if not path or path[:-1] not in index:
+                raise ValueError(f"tree_template: the node {path} needs its parent {path[:-1]} in the template too")
+            if not 0 <= path[-1] < num_candidates:
+                raise ValueError(f"tree_template: the node {path} has a rank outside [0, {num_candidates}), num_candidates")
+        self.parents = np.array([-1, *(index[path[:-1]] for path in nodes[1:])])
+        ranks = np.array([0, *(path[-1] for path in nodes[1:])])
+        depths = np.array([len(path) for path in nodes])
+        #: Level by level: the nodes, their parents, their ranks.
+        self.levels = [
+            (at, self.parents[at], ranks[at])
+            for at in (np.flatnonzero(depths == depth) for depth in range(1, int(depths.max()) + 1))
+        ]
+
+    def __len__(self) -> int:
+        """The nodes beside the root."""
+        return len(self.parents) - 1
+
+    def read(self, matrix: AdjacencyMatrix, root: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens ``(n,)`` int64 and acceptance probabilities ``(n,)``, 0 where the matrix knows no successor."""
+        tokens = np.empty(len(self.parents), dtype=np.int64)
+        scores = np.empty(len(self.parents))
+        tokens[0], scores[0] = root, 1.0
+        for nodes, parents, ranks in self.levels:
+            at = tokens[parents] * matrix.num_candidates + ranks  # of an unseen parent: some entry, with score 0
+            tokens[nodes] = matrix.flat_tokens.take(at, mode="wrap")
+            scores[nodes] = scores[parents] * matrix.rates.take(matrix.flat_codes.take(at, mode="wrap"))
+        return tokens, scores
+
+
+class AdjacencyMatrix:
+    """The k likeliest successors of every token, as the model last saw them, and how often such successors come true.
+
+    Attributes:
+        tokens: int32 ``(V, k)``, by falling probability; -1 where nothing is known yet.
+        codes: uint8 ``(V, k)``: each entry's row in the table of acceptance rates, by rank and probability.
+        rates: float64, the measured rate for each code.
+    """
+
+    def __init__(self, vocabulary: int, num_candidates: int) -> None:
+        self.vocabulary, self.num_candidates = vocabulary, num_candidates
+        kinds = num_candidates * _BUCKETS + 1  # the last one is that of unknown entries: rate 0
+        self.tokens = np.full((vocabulary, num_candidates), _UNSEEN, dtype=np.int32)
+        self.codes = np.full((vocabulary, num_candidates), kinds - 1, dtype=np.uint8 if kinds <= 256 else np.uint16)
+        self.hits, self.seen = np.zeros(kinds), np.zeros(kinds)
+        self._ranks = np.arange(num_candidates) * _BUCKETS
+        # Before anything is measured, a candidate comes true as often as its probability says.
+        self._prior = np.tile((np.arange(_BUCKETS) + 0.5) / _BUCKETS, num_candidates)
+        self._set_rates()
+
+    @property
+    def flat_tokens(self) -> np.ndarray:
+        return self.tokens.reshape(-1)
+
+    @property
+    def flat_codes(self) -> np.ndarray:
+        return self.codes.reshape(-1)
+
+    def candidates(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The top k of raw logits ``(..., V)``: tokens and probabilities ``(..., k)``. Padding of the head never counts."""
+        logits = logits[..., : self.vocabulary].float()
+        top, tokens = logits.topk(min(self.num_candidates, logits.shape[-1]), dim=-1)
+        probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp_()
+        return tokens.cpu().numpy(), probabilities.cpu().numpy()
+
+    def write(self, tokens: np.ndarray, candidates: np.ndarray, probabilities: np.ndarray) -> None:
+        """Sets the successors of ``tokens (n,)``; of a token that occurs twice, the last one stays."""
+        width = candidates.shape[-1]
+        buckets = np.minimum((probabilities * _BUCKETS).astype(np.int64), _BUCKETS - 1)
+        self.tokens[tokens, :width] = candidates
+        self.codes[tokens, :width] = buckets + self._ranks[:width]
+
+    def learn_rates(self, tokens: np.ndarray, followers: np.ndarray) -> None:
+        """Counts which of the known successors of ``tokens (m,)`` came true: ``followers (m,)``."""
+        codes = self.codes[tokens].reshape(-1)
+        true = (self.tokens[tokens] == followers[:, None]).reshape(-1)
+        self.seen += np.bincount(codes, minlength=len(self.seen))
+        self.hits += np.bincount(codes, weights=true, minlength=len(self.hits))
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        self.rates = np.zeros(len(self.seen))
+        self.rates[:-1] = np.maximum((self.hits[:-1] + _PRIOR * self._prior) / (self.seen[:-1] + _PRIOR), 1e-9)
+
+    def state(self) -> dict[str, np.ndarray]:
+        return {"tokens": self.tokens, "codes": self.codes, "hits": self.hits, "seen": self.seen}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.tokens, self.codes = state["tokens"].copy(), state["codes"].copy()
+        self.hits, self.seen = state["hits"].copy(), state["seen"].copy()
+        self._set_rates()
+
+
+def _tokens_with_logits(model: PreTrainedModel) -> int:
+    """Tokens that can be read and predicted: without the padding of the embedding or of the output head."""
+    sizes = [vocabulary_size(model), model.config.get_text_config(decoder=True).vocab_size]
+    head = model.get_output_embeddings()
+    if isinstance(getattr(head, "weight", None), Tensor):
+        sizes.append(head.weight.shape[0])
+    return int(min(sizes))
