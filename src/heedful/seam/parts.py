@@ -29,8 +29,13 @@ class Part:
             token k and predicts token k + 1; the prefill predicts token 0. A collection of ints or a `range`: those
             decode steps; "prefill" or "decode": those calls. Default None: every call.
         cross: Act on cross-attention too (`call.cross` tells). Default False: self-attention only.
+
+    Attributes:
+        every_call: Whether the part is called in every call of its layers, for statistics that need them; where `rows`
+            and `steps` choose nothing, `call.rows` has no column, (B, 0). Default False.
     """
 
+    every_call: ClassVar[bool] = False
     layers: Iterable[int] | None = None
     heads: Sequence[int] | Mapping[int, Sequence[int]] | None = None
     rows: str | Tensor | None = None

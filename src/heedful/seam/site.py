@@ -80,9 +80,7 @@ class Selected:
         self.memories: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
     def acts(self, call: AttentionCall, step: Callable[[], int]) -> bool:
-        """Whether the part acts in this call at all (a verification is sorted out row by row)."""
-        if call.cross and not self.cross:
-            return False
+        """Whether the part acts in this kind of call at all (a verification is sorted out row by row)."""
         if isinstance(self.rows, str) and self.rows == "generated" and call.phase != "decode":
             return False
         if self.steps is None:
@@ -300,13 +298,13 @@ class Site:
     ) -> tuple[Tensor, Tensor | None]:
         inputs = self.inputs.pop(thread(), None) or Inputs(cross=self.cross)
         name, function = self.original_function()
-        acting, call = self._prepare(inputs, name, function, query, key, value, mask, keywords)
-        if not acting:
+        asked, call = self._prepare(inputs, name, function, query, key, value, mask, keywords)
+        if not asked:
             output, weights = function(self.module, query, key, value, mask, **keywords)
             return output, weights
 
-        rows = self._rows(acting, call)
-        acting = [s for s in acting if rows[s] is None or rows[s].shape[1] > 0]
+        rows = self._rows(asked, call)
+        acting = [s for s in asked if rows[s] is None or rows[s].shape[1] > 0 or s.part.every_call]
         calls = {s: self._for_part(call, s, rows[s]) for s in acting}
         for s in acting:
             self._count(s, calls[s])
@@ -341,7 +339,7 @@ class Site:
     def _prepare(
         self, inputs: Inputs, name: str, function: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any,
         keywords: dict[str, Any],
-    ) -> tuple[list[Selected], AttentionCall]:  # fmt: skip
+    ) -> tuple[dict[Selected, bool], AttentionCall]:  # fmt: skip
         batch, _, queries, width = query.shape
         causal = keywords.get("is_causal")
         if causal is None:
@@ -398,7 +396,8 @@ class Site:
             keywords=keywords,
         )
         step = self._track(call)
-        return [s for s in self.selected() if s.acts(call, step)], call
+        asked = {s: s.acts(call, step) for s in self.selected() if s.cross or not call.cross}
+        return {s: acts for s, acts in asked.items() if acts or s.part.every_call}, call
 
     def _track(self, call: AttentionCall) -> Callable[[], int]:
         """Remembers where the sequence's prompt ended; forgets what belonged to the cache's last sequence."""
@@ -416,11 +415,14 @@ class Site:
                 self.prompt_ends[cache] = call.past
         return lambda: int(call.past) - int(self.prompt_ends[cache])
 
-    def _rows(self, acting: Sequence[Selected], call: AttentionCall) -> dict[Selected, Any]:
+    def _rows(self, asked: Mapping[Selected, bool], call: AttentionCall) -> dict[Selected, Any]:
         """Rows of each part. Equal selectors give the same tensor, by which tiles are shared."""
         found: dict[Any, Any] = {}
         rows = {}
-        for s in acting:
+        for s, acts in asked.items():
+            if not acts:  # it only watches this call
+                rows[s] = torch.empty(call.query.shape[0], 0, dtype=torch.long, device=call.query.device)
+                continue
             steps = s.steps if s.steps is None or isinstance(s.steps, str) else id(s.steps)
             key = (s.rows if isinstance(s.rows, str) else id(s.rows), steps if call.verification is not None else None)
             if key not in found:
