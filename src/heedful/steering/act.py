@@ -169,6 +169,8 @@ class AttentionCalibration(Edit):
         Attention Calibration", Yu, Wang, Fu, Shi, Shaikh, Lin (ICML 2024), arXiv 2406.15765.
     """
 
+    every_call = True  # statistics need all rows, whichever are edited
+
     def __init__(
         self,
         *,
@@ -241,6 +243,8 @@ class AttentionCalibration(Edit):
         if not len(pairs):
             return output
         sinks = self._find_sinks(call, pairs, None)
+        if call.rows is not None and not call.rows.shape[1]:
+            return output
         chosen = sinks.flatten(1).any(1).nonzero()[:, 0]
         place = (torch.tensor(call.head_list, device=chosen.device) == pairs.head[chosen, None]).int().argmax(1)
         mine = (pairs.sample[chosen], place)
@@ -316,13 +320,13 @@ class AttentionCalibration(Edit):
             return running
         if past < running.length:
             raise RuntimeError(
-                f"layer {call.layer}: the cache was cropped from {running.length} to {past} tokens (assisted generation?); "
+                f"layer {call.layer}: the cache was cropped from {running.length} to {past} tokens (by an assistant?); "
                 "AttentionCalibration cannot take back what the removed rows gave to their keys. Generate without an "
                 "assistant, or draft with heedful.generate."
             )
         if past > running.length and self.sinks == "running":
             raise RuntimeError(
-                f"layer {call.layer}: AttentionCalibration has seen {running.length} of {past} cached tokens, and running "
+                f"layer {call.layer}: AttentionCalibration has seen {running.length} of {past} cached tokens; running "
                 'statistics need every row. Keep it attached from the prompt on, or use sinks="prefill".'
             )
         if tree is None:
