@@ -407,6 +407,14 @@ def test_half_precision(dtype):
     torch.testing.assert_close(whole, dense(*(x.double() for x in inputs), causal(300, 300)), atol=2e-2, rtol=2e-2)
 
 
+def test_autocast_means_its_dtype_and_exact_sums():
+    inputs = tensors(queries=300)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = hip_attention(inputs[0].bfloat16(), *inputs[1:], **SMALL)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, hip_attention(*(x.bfloat16() for x in inputs), **SMALL))
+
+
 def test_strides_of_the_inputs_do_not_matter():
     inputs = tensors(batch=2, queries=300)
     expected = hip_attention(*inputs, **SMALL)

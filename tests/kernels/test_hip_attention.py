@@ -374,6 +374,16 @@ def test_backward():
         torch.testing.assert_close(p.grad, dense[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
+@torch.no_grad()
+def test_compiled_models_run_it_outside_the_graph():
+    model, ids = build("llama"), tokens()
+    with attach(model, HiPAttention(**SMALL)):
+        expected = model(ids).logits
+        compiled = torch.compile(model, backend="eager")
+        assert torch.equal(compiled(ids).logits, expected)
+    torch._dynamo.reset()
+
+
 # ---- what it refuses
 
 

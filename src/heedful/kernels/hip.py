@@ -61,7 +61,8 @@ class HiPAttention(Kernel):
     decoding), and `dense_calls` (how often the model's own attention ran). They count over the life of the part.
 
     Honoured: batches, left and right padding, dynamic and static caches, chunked prefill, beam search, GQA, Gemma 2's
-    softcap, gpt-oss's sink logits, backward (with the choice held constant).
+    softcap, gpt-oss's sink logits, backward (with the choice held constant). In a compiled model the kernel runs
+    outside the graph, and every decode step is a refresh.
 
     Raises:
         ValueError: At construction if an argument does not fit; in the first call of a layer that cannot be computed
@@ -128,6 +129,7 @@ class HiPAttention(Kernel):
         self._tallies: dict[int, _Tally] = {}
         self._last_mask: tuple[Any, int, Tensor] | None = None
 
+    @torch.compiler.disable
     def __call__(self, call: AttentionCall) -> Tensor:
         _refuse(call)
         tally = self._tallies.setdefault(call.layer, _Tally())

@@ -72,7 +72,7 @@ def hip_attention(
             by the best of its blocks, which is quadratic and gives the exact top blocks, to compare with.
         mask: The choice of an earlier call, instead of a search: of a call of the same shape, or of one whose rows are
             all older, as in decoding. Then its last query block's choice serves, and the windows reach back to where
-            that block's search ended. Sizes are the mask's own; the arguments above this one are not used.
+            that block's search ended. Sizes are the mask's own, those above are not used.
         return_mask: Return `(output, mask)`: a `HiPMask`, whose `dense()` is exactly what was attended.
         attention_mask: bool `(B, Tk)`, True for real tokens. Positions, sinks and key blocks count from the first real
             token of a row, so that left padding by a multiple of `block_size_q` changes nothing. Right padding does not
@@ -106,10 +106,20 @@ def hip_attention(
         "A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention"
         (HiP Attention), Lee, Park, Lee, Suh, Kim, Jeong, Kim, Lee, Jeon, Hwang, arXiv 2406.09827.
     """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     _check_tensors(query, key, value, attention_mask)
-    if impl not in _IMPLEMENTATIONS:
-        there = " ('triton' is not there yet)" if impl == "triton" else ""
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}{there}")
+    check_arguments(
+        top_k=top_k,
+        block_size_q=block_size_q,
+        block_stride_q=block_stride_q,
+        block_size_k=block_size_k,
+        sliding_window=sliding_window,
+        num_sink_tokens=num_sink_tokens,
+        sample_method=sample_method,
+        impl=impl,
+    )
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if softcap is not None and not softcap > 0:
@@ -118,43 +128,35 @@ def hip_attention(
     if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
         raise ValueError(f"sink_logits must be ({query.shape[1]},), got shape {tuple(sink_logits.shape)}")
 
-    if mask is None:
-        check_sizes(
-            top_k=top_k,
-            block_size_q=block_size_q,
-            block_stride_q=block_stride_q,
-            block_size_k=block_size_k,
-            sliding_window=sliding_window,
-            num_sink_tokens=num_sink_tokens,
-            sample_method=sample_method,
-        )
-        mask = reference.choose(
-            query,
-            key,
-            top_k=top_k,
-            block_size_q=block_size_q,
-            block_stride_q=block_stride_q,
-            block_size_k=block_size_k,
-            sliding_window=sliding_window,
-            num_sink_tokens=num_sink_tokens,
-            attention_mask=attention_mask,
-            sample_method=sample_method,
-            generator=generator,
-        )
-    else:
-        if mask.blocks.shape[:2] != query.shape[:2] or mask.blocks.device != query.device:
-            raise ValueError(
-                f"mask has (B, Hq) = {tuple(mask.blocks.shape[:2])} on {mask.blocks.device}, query "
-                f"{tuple(query.shape[:2])} on {query.device}; leave mask out to choose anew"
+    with torch.autocast(device, enabled=False):  # sums stay float32
+        if mask is None:
+            mask = reference.choose(
+                query,
+                key,
+                top_k=top_k,
+                block_size_q=block_size_q,
+                block_stride_q=block_stride_q,
+                block_size_k=block_size_k,
+                sliding_window=sliding_window,
+                num_sink_tokens=num_sink_tokens,
+                attention_mask=attention_mask,
+                sample_method=sample_method,
+                generator=generator,
             )
-        if (mask.num_queries, mask.num_keys) != (query.shape[2], key.shape[2]):
-            mask = mask.extended(query.shape[2], key.shape[2], attention_mask)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    output = reference.attend(query, key, value, mask, scale=scale, softcap=softcap, sink_logits=sink_logits)
+        else:
+            if mask.blocks.shape[:2] != query.shape[:2] or mask.blocks.device != query.device:
+                raise ValueError(
+                    f"mask has (B, Hq) = {tuple(mask.blocks.shape[:2])} on {mask.blocks.device}, query "
+                    f"{tuple(query.shape[:2])} on {query.device}; leave mask out to choose anew"
+                )
+            if (mask.num_queries, mask.num_keys) != (query.shape[2], key.shape[2]):
+                mask = mask.extended(query.shape[2], key.shape[2], attention_mask)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        output = reference.attend(query, key, value, mask, scale=scale, softcap=softcap, sink_logits=sink_logits)
     return (output, mask) if return_mask else output
 
 
-def check_sizes(
+def check_arguments(
     *,
     top_k: int,
     block_size_q: int,
@@ -163,8 +165,9 @@ def check_sizes(
     sliding_window: int,
     num_sink_tokens: int,
     sample_method: str,
+    impl: str,
 ) -> None:
-    """Raises ValueError if an argument of the search does not fit."""
+    """Raises ValueError if an argument of `hip_attention` other than its tensors does not fit."""
     sizes = {
         "top_k": top_k,
         "block_size_q": block_size_q,
@@ -181,6 +184,9 @@ def check_sizes(
         raise ValueError(f"block_stride_q ({block_stride_q}) must not be above block_size_q ({block_size_q})")
     if sample_method not in _SAMPLE_METHODS:
         raise ValueError(f"sample_method must be one of {', '.join(map(repr, _SAMPLE_METHODS))}, got {sample_method!r}")
+    if impl not in _IMPLEMENTATIONS:
+        there = " ('triton' is not there yet)" if impl == "triton" else ""
+        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}{there}")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from heedful.attention.hip.mask import HiPMask, first_real_slot, only_real
 
-# Elements of the largest temporary of one chunk of query blocks (16 MiB in float32).
-_CHUNK_ELEMENTS = 1 << 22
+# Elements of the largest temporary of one chunk of query blocks: near the size of a CPU's cache; enough to fill a GPU.
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 1 << 22, 1 << 26
 
 
+# Both entry points plan their chunks in Python: compiling them would compile anew for every length.
+@torch.compiler.disable
 @torch.no_grad()
 def choose(
     query: Tensor,
@@ -84,7 +86,7 @@ def choose(
     sample = (sample + rows * torch.arange(count, device=device)[:, None]).clamp(max=num_queries - 1)
 
     work = batch * heads * 2 * nodes * block_size_k * (key.shape[-1] + sample.shape[-1])
-    for lo, hi in _runs(rounds, max(1, _CHUNK_ELEMENTS // work)):
+    for lo, hi in _runs(rounds, _chunk(work, device)):
         depth = int(rounds[lo])
         if depth < 0:
             continue
@@ -175,6 +177,7 @@ def _scan(score: _Scorer, available: Tensor, nodes: int) -> tuple[Tensor, Tensor
     return start, (start < available).long()
 
 
+@torch.compiler.disable
 def attend(
     query: Tensor,
     key: Tensor,
@@ -214,7 +217,7 @@ def attend(
     searched = (block_slot + rows - mask.sliding_window - mask.num_sink_tokens > 0) & (places > 0)
     work = batch * heads * ((places + window_width + mask.num_sink_tokens) * rows + 2 * places * dim)
     outputs = []
-    for lo, hi in _runs(searched.long(), max(1, _CHUNK_ELEMENTS // work)):
+    for lo, hi in _runs(searched.long(), _chunk(work, device)):
         # Layout (B, Hkv, c, G, b_q, D): the G query heads of a key head lie side by side, so that no key is repeated.
         chunk = query[:, :, lo * rows : hi * rows].to(dtype) * scale
         chunk = torch.nn.functional.pad(chunk, (0, 0, 0, (hi - lo) * rows - chunk.shape[2]))
@@ -290,6 +293,11 @@ def _runs(kinds: Tensor, limit: int) -> Iterator[tuple[int, int]]:
         for start in range(lo, lo + length, limit):
             yield start, min(start + limit, lo + length)
         lo += length
+
+
+def _chunk(work: int, device: torch.device) -> int:
+    """How many query blocks of so many elements make a chunk."""
+    return max(1, (_CHUNK_ELEMENTS if device.type == "cpu" else _CHUNK_ELEMENTS_GPU) // work)
 
 
 def _compute_dtype(tensor: Tensor) -> torch.dtype:
