@@ -32,9 +32,11 @@ def random_model(config_class=LlamaConfig, model_class=LlamaForCausalLM, *, seed
 WORDS = word_tokenizer([f"w{i}" for i in range(10)])
 
 
-def self_answered_prompts(model, count=5, lengths=(20, 33, 27), answer=6, seed=0, columns=None) -> list[NeedlePrompt]:
+def self_answered_prompts(
+    model, count=5, lengths=(20, 33, 27), answer=6, seed=0, columns=None, words=WORDS
+) -> list[NeedlePrompt]:
     """Random prompts whose "right" answer is whatever the model says: a random model passes them all. The needle is
-    ``columns`` (default: the whole prompt but BOS), of 10 different tokens, so that copies happen by chance."""
+    ``columns`` (default: the whole prompt but BOS), of few different tokens, so that copies happen by chance."""
     generator = torch.Generator().manual_seed(seed)
     prompts = []
     for index in range(count):
@@ -42,7 +44,7 @@ def self_answered_prompts(model, count=5, lengths=(20, 33, 27), answer=6, seed=0
         ids = torch.cat([torch.tensor([0]), torch.randint(2, 12, (size - 1,), generator=generator)])
         mask = torch.ones(1, size)
         said = model.generate(ids[None], attention_mask=mask, max_new_tokens=answer, do_sample=False)[0, size:]
-        text = WORDS.decode(said.tolist())
+        text = words.decode(said.tolist())
         needle = columns if columns is not None else torch.arange(1, size)
         prompts.append(NeedlePrompt(Needle(text, "", text), ids, said, needle, size + answer, 0.5))
     return prompts

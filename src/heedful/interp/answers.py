@@ -100,7 +100,8 @@ class Forward:
     """The model's forward, with the arguments that this model takes."""
 
     def __init__(self, model: Any) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = getattr(model, "_orig_mod", model)  # compiled
+        base = base.get_base_model() if hasattr(base, "get_base_model") else base  # adapted by PEFT
         names = inspect.signature(base.forward).parameters
         self.model = model
         self.keeps_rows = "logits_to_keep" in names
