@@ -313,11 +313,10 @@ class AdjacencyMatrix:
         return self.codes.reshape(-1)
 
     def candidates(self, logits: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The top k of raw logits ``(..., V)``: tokens and probabilities ``(..., k)``. Padding of the head never counts."""
+        """The top k of raw logits ``(..., V)``, without the head's padding: tokens and shares of the top k's probability."""
         logits = logits[..., : self.vocabulary].float()
         top, tokens = logits.topk(min(self.num_candidates, logits.shape[-1]), dim=-1)
-        probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp_()
-        return tokens.cpu().numpy(), probabilities.cpu().numpy()
+        return tokens.cpu().numpy(), top.softmax(-1).cpu().numpy()
 
     def write(self, tokens: np.ndarray, candidates: np.ndarray, probabilities: np.ndarray) -> None:
         """Sets the successors of ``tokens (n,)``; of a token that occurs twice, the last one stays."""
