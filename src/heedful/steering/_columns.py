@@ -208,7 +208,7 @@ class RunningColumns:
         shape = (call.query.shape[0], len(call.head_list), length)
         dtype = torch.promote_types(call.query.dtype, torch.float32)
         counts = torch.zeros(shape, dtype=torch.long, device=call.query.device)
-        self.total = ColumnStatistics(counts.to(dtype), counts, torch.zeros_like(counts[..., 0]))
+        self.total = ColumnStatistics(counts.to(dtype), counts, counts.new_zeros(shape[:2]))
         self.notes = self._note(call)[:, :0]
         self.frozen: Tensor | None = None
 

@@ -467,7 +467,7 @@ def _heads(heads: Any, layers: Sequence[int] | None) -> Any:
             return [int(head) for head in heads]
     try:
         pairs = sorted({(int(layer), int(head)) for layer, head in heads})
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             "heads must be a list of heads, a list of (layer, head) pairs, a boolean mask or a HeadSet"
         ) from error

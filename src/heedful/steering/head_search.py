@@ -128,7 +128,7 @@ class _Progress:
     fingerprint: str
     examples: int = 0
     baseline: float = 0.0
-    gains: dict[Head, float] = field(default_factory=lambda: defaultdict(float))
+    gains: dict[Head, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         gains = {f"{layer}-{head}": gain for (layer, head), gain in self.gains.items()}
@@ -140,7 +140,7 @@ class _Progress:
             return cls(fingerprint)
         try:
             record = json.loads(path.read_text())
-            gains = defaultdict(float, {_head(name): gain for name, gain in record["gains"].items()})
+            gains = {_head(name): float(gain) for name, gain in record["gains"].items()}
             progress = cls(record["fingerprint"], record["examples"], record["baseline"], gains)
         except (json.JSONDecodeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -256,7 +256,7 @@ def search_heads(
             with attach(model, edit):
                 after = [scorer(x, example) for x, example in zip(_logits(model, copies), copies, strict=True)]
             for (index, head), score in zip(pairs, after, strict=True):
-                done.gains[head] += score - before[index]
+                done.gains[head] = done.gains.get(head, 0.0) + score - before[index]
         done.baseline += sum(before)
         done.examples += len(chunk)
         if path is not None:
