@@ -22,7 +22,7 @@ def take(x: Tensor, heads: Sequence[int] | None = None, rows: Tensor | None = No
     """
     if heads is not None and x.shape[1] > 1:
         x = x[:, list(heads)]
-    if rows is not None and x.shape[2] > 1:
+    if rows is not None and (x.shape[2] > 1 or not rows.shape[1]):
         x = x.expand(rows.shape[0], -1, -1, -1)
         index = rows.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
         x = x.gather(2, index)
