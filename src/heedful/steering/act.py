@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from heedful.seam import AttentionCall, Edit, Kernel, Verification
 from heedful.seam.discovery import site_of
+from heedful.seam.parts import stages_of
 from heedful.steering._columns import (
     BLOCK_BYTES,
     ColumnStatistics,
@@ -390,21 +391,23 @@ class AttentionCalibration(Edit):
                 before = False
                 continue
             where = f"layer {call.layer}: AttentionCalibration"
+            name = type(other.part).__name__
             common = other.heads is None or not set(other.heads).isdisjoint(call.head_list)
             if isinstance(other.part, Kernel) and common and not other.part.has_probabilities:
                 raise ValueError(
-                    f"{where} needs softmax attention, but the kernel {other.name} has none. Give them other layers=."
+                    f"{where} needs softmax attention, but the kernel {name} has none. Give them other layers=."
                 )
             if not (isinstance(other.part, Edit) and common):
                 continue
-            if other.weights:
+            stages = stages_of(other.part)
+            if stages & {"logits", "probabilities"}:
                 raise ValueError(
-                    f"{where} would undo what {other.name} does to the same heads' weights; "
+                    f"{where} would undo what {name} does to the same heads' weights; "
                     'use form="weights", or other heads=.'
                 )
-            if "outputs" in other.stages and (before or other.part is self):
+            if "outputs" in stages and (before or other.part is self):
                 raise ValueError(
-                    f"{where} would undo what {other.name} did to the same heads' outputs before it; attach "
+                    f"{where} would undo what {name} did to the same heads' outputs before it; attach "
                     "AttentionCalibration first (and once), or give them other heads=."
                 )
 
