@@ -5,14 +5,14 @@ the call), an `Edit` (changes it at one of four stages) or a `Probe` (reads it);
 tensors of just the heads and rows it asked for. `Verification` is how `heedful.generate` marks forwards of drafted
 tokens.
 
-Read in this order: parts (the three kinds), call (what a part sees), masks (who sees whom), site (one call, stage by
-stage), discovery (which modules, and how they are redirected), attachment (selection, errors, attach and detach).
+Read in this order: parts (the three kinds), call (what a part sees), masks (who sees whom), selection (who acts on
+which rows), weights (logits and probabilities of just these), site (one call, stage by stage), discovery (which
+modules, and how they are redirected), attachment (attach, detach, report, and the errors), verification.
 """
 
 from heedful.seam.attachment import Attachment, attach
 from heedful.seam.call import AttentionCall
-from heedful.seam.parts import Edit, Kernel, Part, Probe
-from heedful.seam.site import PartError
+from heedful.seam.parts import Edit, Kernel, Part, PartError, Probe
 from heedful.seam.verification import Verification
 
 __all__ = ["Attachment", "AttentionCall", "Edit", "Kernel", "Part", "PartError", "Probe", "Verification", "attach"]

@@ -21,7 +21,8 @@ from heedful.seam.discovery import (
     uninstall,
 )
 from heedful.seam.parts import Edit, Kernel, Part, Probe
-from heedful.seam.site import Selected, Site
+from heedful.seam.selection import Selected
+from heedful.seam.site import Site
 
 _lock = threading.RLock()
 
@@ -277,7 +278,7 @@ def _check_composition(layer: int, selected: Sequence[Selected]) -> None:
             "different layers=, or detach the other."
         )
     for kernel in kernels:
-        weighing = [s for s in selected if s.weights]
+        weighing = [s for s in selected if s.weighs]
         if weighing and not kernel.part.has_probabilities:  # type: ignore[attr-defined]
             raise ValueError(
                 f"layer {layer}: {weighing[0].name} works on logits or probabilities, but the kernel {kernel.name} has "

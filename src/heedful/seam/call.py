@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -136,10 +135,7 @@ class AttentionCall:
 
     def at(self, heads: Sequence[int] | None = None, rows: Tensor | None = None) -> AttentionCall:
         """The same call for other heads and rows; None means all of them."""
-        other = copy.copy(self)
-        other.heads = None if heads is None else tuple(heads)
-        other.rows = rows
-        return other
+        return replace(self, heads=None if heads is None else tuple(heads), rows=rows)
 
     def take(self, x: Tensor) -> Tensor:
         """The asked heads and rows of a tensor (B, Hq, Tq, ...) of this call, for instance `call.query`."""

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from heedful.seam.call import AttentionCall
     from heedful.seam.verification import Verification
 
+
+class PartError(RuntimeError):
+    """A part did something in a call that cannot be used; the message names the layer and the remedy."""
+
+
 STAGES = ("queries_keys", "logits", "probabilities", "outputs")
 
 
