@@ -86,8 +86,7 @@ class AttentionCall:
             return "prefill"
         if isinstance(self.past, Tensor):  # a static cache; reading its length would break a compiled graph
             return "decode" if torch.compiler.is_compiling() or int(self.past) > 0 else "prefill"
-        held = self.past > 0 or (self.visibility.aligned and self.key.shape[2] > 1)
-        return "decode" if held else "prefill"
+        return "decode" if self.past > 0 else "prefill"
 
     @property
     def groups(self) -> int:

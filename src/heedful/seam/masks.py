@@ -59,8 +59,8 @@ class Visibility:
         causal: Whether no mask at all means causal.
         flash: The original is a flash kernel: causality is aligned to the last key, and the window is the kernel's.
         window: Sliding window of a flash kernel, or None.
-        aligned: The last query row belongs to the last key (dynamic cache or no cache); False for static caches, whose
-            tail is empty, and for cross-attention.
+        slot: Key slot of the first query row, so that row i is the token of slot + i; None where a slot is no token
+            of the rows (cross-attention, sliding static caches).
     """
 
     mask: Any
@@ -70,7 +70,7 @@ class Visibility:
     causal: bool
     flash: bool
     window: int | None
-    aligned: bool
+    slot: int | Tensor | None
     device: torch.device
 
     def _is_tensor(self, dimensions: int) -> bool:
@@ -161,21 +161,27 @@ class Visibility:
             return every
         if self._is_tensor(2):
             return self.real_keys()[:, -self.queries :]
-        if self.queries == 1:
-            return every & self.sees().any(1)
-        if self._is_tensor(4) and self.aligned:  # a token is real where it sees itself
-            own = self._shaped().expand(-1, -1, self.queries, -1).diagonal(self.keys - self.queries, 2, 3)
-            own = own if own.dtype == torch.bool else own > self._hidden_below()
-            return every & own.any(1)
+        if self.slot is not None:  # a token is real where it sees itself
+            return every & self._sees_slot(self.slot + torch.arange(self.queries, device=self.device))
         if not self.causal:  # cross-attention: the mask speaks of keys only
             return every
         # The last real row is the first one that sees the last key that anyone sees.
         keys, index = self.real_keys(), torch.arange(self.keys, device=self.device)
-        last_key = torch.where(keys, index, -1).amax(1)
-        sees_it = self.of().expand(self.batch, -1, -1, -1).any(1)
-        sees_it = sees_it.gather(2, last_key.clamp(min=0)[:, None, None].expand(-1, self.queries, 1))[..., 0]
-        last = sees_it.int().argmax(1)
-        return every & self.sees().any(1) & (torch.arange(self.queries, device=self.device) <= last[:, None])
+        last_key = torch.where(keys, index, -1).amax(1, keepdim=True).clamp(min=0)
+        last = self._sees_slot(last_key.expand(-1, self.queries)).int().argmax(1, keepdim=True)
+        return every & self.sees().any(1) & (torch.arange(self.queries, device=self.device) <= last)
+
+    def _sees_slot(self, slots: Tensor) -> Tensor:
+        """Whether row i sees key slots[..., i], for slots (Tq,) or (B, Tq): (B or 1, Tq)."""
+        slots = slots.expand(self.batch, -1)
+        if not self._is_tensor(4):
+            sample = torch.arange(self.batch, device=self.device)[:, None]
+            row = torch.arange(self.queries, device=self.device)
+            seen: Tensor = self.mask.mask_mod(sample, torch.zeros_like(sample), row, slots)
+            return seen
+        mask = self._shaped().expand(self.batch, -1, self.queries, -1)
+        own = mask.gather(3, slots[:, None, :, None].expand(-1, mask.shape[1], -1, -1))[..., 0]
+        return (own if own.dtype == torch.bool else own > self._hidden_below()).any(1)
 
     def last_row(self) -> Tensor:
         """The last row that is not padding, (B, 1); -1 where the call holds none of the sample."""

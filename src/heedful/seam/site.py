@@ -153,7 +153,11 @@ class Site:
         layers = getattr(getattr(inputs.cache, "self_attention_cache", inputs.cache), "layers", None) or ()
         own = layers[self._cache_index() : self._cache_index() + 1]
         static = isinstance(past, Tensor) or any(layer.is_compileable for layer in own)
+        slot: int | Tensor | None = key.shape[2] - queries
+        if static:
+            slot = None if any(layer.is_sliding for layer in own) else past
         if inputs.cross:
+            slot = None
             past = 0 if inputs.cache is None else past - queries  # the layer's self-attention has just added its rows
         elif not static and not isinstance(past, Tensor):
             past = max(past, key.shape[2] - queries)  # layers that read another layer's cache
@@ -191,7 +195,7 @@ class Site:
                 causal=bool(causal) and not inputs.cross and name != "eager",
                 flash=flash,
                 window=keywords.get("sliding_window") if flash else None,
-                aligned=not static and not inputs.cross,
+                slot=slot,
                 device=query.device,
             ),
             function=function,
