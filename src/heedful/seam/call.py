@@ -154,7 +154,7 @@ class AttentionCall:
         bias = self.visibility.bias(self.heads, self.rows)
         if bias is not None:
             scores = scores + bias
-        return scores.float().masked_fill(~self.visible(), -torch.inf)
+        return scores.float().masked_fill_(~self.visible(), -torch.inf)
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Softmax of logits (B, heads, R, Tk) whose hidden keys are -inf; with the sinks' share; 0 for blind rows."""
@@ -162,7 +162,8 @@ class AttentionCall:
         if self.sinks is not None:  # exp(l) / (sum exp(l) + exp(s)) = softmax(l) * sigmoid(lse(l) - s)
             sinks = self.sinks.float()[list(self.head_list)]
             weights = weights * torch.sigmoid(torch.logsumexp(logits, -1) - sinks[:, None])[..., None]
-        return weights.masked_fill(logits == -torch.inf, 0.0)
+        hidden = logits == -torch.inf
+        return weights.masked_fill(hidden, 0.0) if weights.requires_grad else weights.masked_fill_(hidden, 0.0)
 
     def probabilities(self) -> Tensor:
         """Softmax of `logits()`: (B, heads, R, Tk) fp32."""
