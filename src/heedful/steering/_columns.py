@@ -80,17 +80,19 @@ class HeadPairs:
             return self.rows[:, block]
         return torch.arange(block.start, block.stop, device=self.sample.device).expand(self.call.query.shape[0], -1)
 
-    def _pick(self, x: Tensor) -> Tensor:
-        """The pairs of a ``(1 or B, 1 or Hq, R, Tk)`` tensor."""
+    def pick(self, x: Tensor) -> Tensor:
+        """The pairs of a ``(1 or B, 1 or Hq, ...)`` tensor: ``(N, ...)``, or ``(1, ...)`` if they are all the same."""
+        if x.shape[0] == x.shape[1] == 1:
+            return x[0]
         sample = self.sample if x.shape[0] > 1 else torch.zeros_like(self.sample)
         head = self.head if x.shape[1] > 1 else torch.zeros_like(self.head)
         return x[sample, head]
 
-    def visible(self, block: slice) -> Tensor:
-        """Keys that the rows of the block see: boolean ``(N, r, Tk)``."""
-        return self._pick(self.call.visibility.of(None, self._index(block)))
+    def sees(self, block: slice) -> Tensor:
+        """Keys that the rows of the block see, for all samples: boolean ``(B or 1, Hq or 1, r, Tk)``."""
+        return self.call.visibility.of(None, self._index(block))
 
-    def reach(self, block: slice) -> int:
+    def width(self, block: slice) -> int:
         """Key slots from here on are hidden from every row of the block: the upper half of a causal matrix is not
         computed.
         """
@@ -114,24 +116,21 @@ class HeadPairs:
             biases.append(whole.gather(2, rows.expand(-1, whole.shape[1], -1, whole.shape[3])))
         for bias in biases:
             if bias is not None:
-                mine = self._pick(bias)
+                mine = self.pick(bias)
                 mine = mine[..., : key.shape[1]] if slots is None else gather_slots(mine, slots)
                 logits = logits + mine
         return logits
 
     def probabilities(self, block: slice) -> tuple[Tensor, Tensor]:
-        """Attention weights of the rows of a block and the keys they see, ``(N, r, reach)``; 0 where a key is
-        hidden.
-        """
-        reach = self.reach(block)
-        visible = self.visible(block)[..., :reach]
-        logits = self.logits(self.query[:, block], self.key[:, :reach], None, block)
+        """Attention weights of the rows of a block and the keys they see, ``(N, r, Tk)``; 0 where a key is hidden."""
+        visible = self.pick(self.sees(block)).expand(len(self), -1, -1)
+        logits = self.logits(self.query[:, block], self.key, None, block)
         return logits.masked_fill(~visible, torch.finfo(logits.dtype).min).softmax(-1) * visible, visible
 
 
 def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
-    """Columns ``slots (N, k)`` of ``x (N, r, Tk)``: ``(N, r, k)``."""
-    return x.gather(2, slots[:, None].expand(-1, x.shape[1], -1))
+    """Columns ``slots (N, k)`` of ``x (N or 1, r, Tk)``: ``(N, r, k)``."""
+    return x.expand(len(slots), -1, -1).gather(2, slots[:, None].expand(-1, x.shape[1], -1))
 
 
 @dataclass(eq=False)
@@ -181,18 +180,20 @@ def column_statistics(pairs: HeadPairs, block_bytes: int = BLOCK_BYTES) -> Colum
 
     A sink is a decision and not a quantity to differentiate, so nothing here has a gradient.
     """
-    valid = pairs.call.real_rows()
+    valid = pairs.call.real_rows()[:, None, :, None]
     sums = pairs.key.new_zeros(pairs.key.shape[:2])
-    counts = torch.zeros_like(sums, dtype=torch.long)
-    reach = torch.zeros_like(counts[:, 0])
+    counts = reach = torch.zeros((), dtype=torch.long, device=sums.device)
     for block in pairs.blocks(block_bytes):
-        probabilities, visible = pairs.probabilities(block)
-        mine = valid[pairs.sample, block, None]
-        seen = visible.shape[-1]
-        sums[:, :seen] += (probabilities * mine).sum(1)
-        counts[:, :seen] += (visible & mine).sum(1)
-        reach = torch.maximum(reach, (visible & mine).sum(-1).amax(1))
-    return ColumnStatistics(sums, counts, reach)
+        width = pairs.width(block)
+        sees = pairs.sees(block)[..., :width]
+        logits = pairs.logits(pairs.query[:, block], pairs.key[:, :width], None, block)
+        weights = logits.masked_fill_(~pairs.pick(sees), torch.finfo(logits.dtype).min).softmax(-1)
+        sees = sees & valid[:, :, block]  # (B, Hq or 1, r, width)
+        counts = counts + pad(sees.sum(2), (0, pairs.key.shape[1] - width))
+        reach = torch.maximum(reach, sees.sum(-1).amax(-1))
+        rows = pairs.pick(sees.any(-1)).to(weights.dtype).expand(len(pairs), -1)
+        sums[:, :width] += (rows[:, None] @ weights)[:, 0]
+    return ColumnStatistics(sums, pairs.pick(counts).expand(len(pairs), -1), pairs.pick(reach).expand(len(pairs)))
 
 
 class RunningColumns:

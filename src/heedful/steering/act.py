@@ -72,19 +72,19 @@ def calibrate_outputs(
         The outputs ``(N, R, Dv)`` and the mass that left the sinks, ``(N, R)``: 0 in rows that are not edited, whose
         output is plain attention.
     """
-    width = int(sinks.sum(-1).max()) if len(pairs) else 0
-    slots = sinks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :width]
+    most = max(1, int(sinks.sum(-1).max()))
+    slots = sinks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
     is_sink = sinks.gather(1, slots)
     sink_key = pairs.key.gather(1, slots[..., None].expand(-1, -1, pairs.key.shape[-1]))
     sink_value = pairs.value.gather(1, slots[..., None].expand(-1, -1, pairs.value.shape[-1]))
 
     def calibrate(block: slice, query: Tensor, key: Tensor, value: Tensor, sink_key: Tensor, sink_value: Tensor) -> Any:
-        reach = pairs.reach(block)
-        visible = pairs.visible(block)
+        seen = pairs.width(block)
+        visible = pairs.pick(pairs.sees(block))
         on_sinks = is_sink[:, None] & gather_slots(visible, slots)
-        on_others = (visible & ~sinks[:, None])[..., :reach]
+        on_others = (visible & ~sinks[:, None])[..., :seen]
         out_1, lse_1 = _attend(pairs.logits(query, sink_key, slots, block), on_sinks, sink_value)
-        out_2, lse_2 = _attend(pairs.logits(query, key[:, :reach], None, block), on_others, value[:, :reach])
+        out_2, lse_2 = _attend(pairs.logits(query, key[:, :seen], None, block), on_others, value[:, :seen])
         mass = torch.sigmoid(lse_1 - lse_2)
         some = on_sinks.any(-1)
         both = some & on_others.any(-1) & (torch.sigmoid(lse_2 - lse_1) > 0)
@@ -106,7 +106,10 @@ def calibrate_outputs(
 def _attend(logits: Tensor, visible: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the visible keys and its log-sum-exp; finite, with a finite gradient, where a row sees no key."""
     logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
-    return logits.softmax(-1) @ value, logits.logsumexp(-1)
+    top = logits.amax(-1, keepdim=True).detach()
+    weights = (logits - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    return weights @ value / total, (top + total.log())[..., 0]
 
 
 class AttentionCalibration(Edit):
@@ -247,6 +250,9 @@ class AttentionCalibration(Edit):
         if call.rows is not None and not call.rows.shape[1]:
             return output
         chosen = sinks.flatten(1).any(1).nonzero()[:, 0]
+        if not len(chosen):
+            self._count(call, sinks.new_zeros(0, 1), (chosen, chosen))
+            return output
         place = (torch.tensor(call.head_list, device=chosen.device) == pairs.head[chosen, None]).int().argmax(1)
         mine = (pairs.sample[chosen], place)
         if sinks.dim() == 2:
