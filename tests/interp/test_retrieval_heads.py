@@ -285,3 +285,14 @@ def test_a_bfloat16_model_is_scored():
     scores = retrieval_scores(model, WORDS, prompts=prompts, batch_size=1)
     assert scores.pass_rate > 0
     assert ((scores.per_instance >= 0) & (scores.per_instance <= 1)).all()
+
+
+def test_prompts_or_what_builds_them_and_a_model_that_speaks(retriever):
+    model, tokenizer, haystack, needles = retriever
+    prompts = self_answered_prompts(random_model())
+    with pytest.raises(ValueError, match="prompts are ready"):
+        retrieval_scores(model, tokenizer, prompts=prompts, lengths=[60])
+    with pytest.raises(ValueError, match="load it with AutoModelForCausalLM"):
+        retrieval_scores(model.model, tokenizer, haystack, needles, lengths=[60])
+    with pytest.raises(ValueError, match="must be at least 1"):
+        retrieval_scores(model, tokenizer, haystack, needles, lengths=[60], prefill_chunk_size=-4)

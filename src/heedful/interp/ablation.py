@@ -11,7 +11,7 @@ from torch import Tensor
 
 from heedful.interp.answers import Forward, inference
 from heedful.interp.head_scores import HeadScores
-from heedful.interp.needles import NeedlePrompt, needle_prompts, needle_recall
+from heedful.interp.needles import NeedlePrompt, choose_prompts, needle_recall
 from heedful.seam import AttentionCall, Edit, Probe, attach
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def head_outputs(
         batch_size: rows a forward. seed: fixes the draw.
 
     Example:
+        >>> import heedful
+        >>> model, tokenizer = heedful.zoo.load("classics-20m")
         >>> ids = tokenizer([heedful.zoo.excerpt()[:4000]], return_tensors="pt").input_ids
         >>> reference = heedful.interp.head_outputs(model, ids)
         >>> part = heedful.interp.ablate_heads([(3, 1)], mode="mean", reference=reference)
@@ -132,13 +134,18 @@ class _Mean(Edit):
 
 
 class _Resample(Edit):
-    """The draw is a function of seed, layer and token position: batch size, padding, chunks and caches do not change
-    it."""
+    """The draw depends on seed, layer and token position alone: not on batch size, padding, chunks or caches."""
+
+    PERIOD = 8191  # positions after which the draws begin again: a prime, so that they fall out of step with any text
 
     def __init__(self, reference: HeadOutputs, seed: int, **selectors: Any) -> None:
         super().__init__(**selectors)
-        self.reference, self.seed = reference, seed
-        self.draws: dict[int, Tensor] = {}
+        self.reference = reference
+        generator = torch.Generator().manual_seed(seed)
+        self.draws = {
+            layer: torch.randint(len(samples), (self.PERIOD,), generator=generator)
+            for layer, samples in sorted(reference.samples.items())
+        }
 
     def outputs(self, call: AttentionCall, output: Tensor) -> Tensor:
         samples = self.reference.samples[call.layer][:, list(call.head_list)]  # (S, heads, D)
@@ -146,12 +153,8 @@ class _Resample(Edit):
             raise ValueError(
                 f"layer {call.layer}: resample needs token positions, and this model hands none; use mode='mean'"
             )
-        if call.layer not in self.draws:
-            generator = torch.Generator().manual_seed(self.seed + 1_000_003 * call.layer)
-            self.draws[call.layer] = torch.randint(len(samples), (8191,), generator=generator)
-        draws = self.draws[call.layer]
-        index = draws[call.positions.cpu().expand(output.shape[0], -1) % len(draws)]  # (B, R)
-        return samples[index].transpose(1, 2).to(output)
+        index = self.draws[call.layer].to(output.device)[call.positions.expand(output.shape[0], -1) % self.PERIOD]
+        return samples.to(output)[index].transpose(1, 2)  # (B, R, heads, D) -> (B, heads, R, D)
 
 
 def ablate_heads(
@@ -181,13 +184,12 @@ def ablate_heads(
 
     Cost:
         Nothing beside the forward: no attention weights are computed, the model's own kernel runs. "mean" and
-            "resample" need one
-        pass over a reference text first (:func:`head_outputs`).
+        "resample" need one pass over a reference text first (:func:`head_outputs`).
 
     When not to use:
         To show what a head does by zeroing alone: a zero is itself out of distribution, so compare with "mean" or
-            "resample".
-        Without a control: see :func:`recall_without_heads`. To make a model faster: the head is computed all the same.
+        "resample". Without a control: other heads may matter as much, see
+        :func:`recall_without_heads`. To make a model faster: the head is computed all the same.
 
     Paper:
         "Retrieval Head Mechanistically Explains Long-Context Factuality", Wenhao Wu, Yizhong Wang, Guangxuan Xiao,
@@ -318,7 +320,8 @@ def recall_without_heads(
     if variant == "teacher-forced" and _STEPS.get(phase, "") is not None:
         raise ValueError("a teacher-forced run has no decode calls; use variant='decode', or phase='both'")
     if prompts is None:
-        prompts = needle_prompts(tokenizer, haystack, **{"seed": seed + 1, **prompt_options})
+        prompt_options.setdefault("seed", seed + 1)
+    prompts = choose_prompts(tokenizer, prompts, haystack, **prompt_options)
     ranked = scores.top(None)
     if not counts or min(counts) < 1 or max(counts) > len(ranked):
         raise ValueError(f"counts must lie between 1 and the {len(ranked)} heads that have a score, got {list(counts)}")

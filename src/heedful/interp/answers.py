@@ -39,8 +39,7 @@ class Batch:
 
     @classmethod
     def of(cls, prompts: Sequence[NeedlePrompt], *, with_answer: bool, pad: int, device: torch.device) -> Batch:
-        """``with_answer`` appends all answer tokens but the last: the n rows that emit an answer are then the last
-        n."""
+        """``with_answer`` appends all answer tokens but the last: the rows that emit an answer are then the last."""
         rows = [torch.cat([p.input_ids, p.answer_ids[:-1]]) if with_answer else p.input_ids for p in prompts]
         width = max(map(len, rows))
         input_ids = torch.full((len(rows), width), pad)
@@ -65,8 +64,7 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What the model said to one prompt. ``emitted (n,)``: the arg-max tokens of its rows, up to the end of the
-    response."""
+    """What the model said to one prompt. ``emitted (n,)``: its arg-max tokens up to the end of the response."""
 
     emitted: Tensor
     response: str
@@ -108,8 +106,7 @@ class Forward:
         self.takes_positions = "position_ids" in names
 
     def __call__(self, input_ids: Tensor, mask: Tensor, keep: int, **kwargs: Any) -> Any:
-        """``input_ids (B, t)``: the last t columns of ``mask``. Logits of the last ``keep`` rows only, where the
-        model can."""
+        """``input_ids (B, t)``: the last t columns of ``mask``. Logits of the last ``keep`` rows, if the model can."""
         if self.keeps_rows:
             kwargs["logits_to_keep"] = keep
         if self.takes_positions:
@@ -152,8 +149,7 @@ def _decode(
 
 
 def _force(model: Any, batch: Batch, steps: int, probe: RowReader | None) -> Tensor:
-    """Arg-max tokens ``(B, steps)`` of the rows that emit each answer, from one forward; -1 after the end of a
-    shorter one."""
+    """Arg-max tokens ``(B, steps)`` of the rows that emit each answer, from one forward; -1 where it is shorter."""
     with attach(model, *([probe] if probe else [])):
         logits = Forward(model)(batch.input_ids, batch.mask, steps, use_cache=False).logits
     best = logits[:, -steps:].float().argmax(-1)
@@ -207,8 +203,10 @@ def answer_prompts(
         raise ValueError("max_new_tokens, prefill_chunk_size and cache_implementation belong to variant='decode'")
     if not prompts:
         raise ValueError("there are no prompts")
-    if batch_size < 1 or (max_new_tokens is not None and max_new_tokens < 1):
-        raise ValueError("batch_size and max_new_tokens must be at least 1")
+    if any(size is not None and size < 1 for size in (batch_size, max_new_tokens, prefill_chunk_size)):
+        raise ValueError("batch_size, max_new_tokens and prefill_chunk_size must be at least 1")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} predicts no tokens; load it with AutoModelForCausalLM")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt.input_ids) + (max_new_tokens or len(prompt.answer_ids)) for prompt in prompts)
     if context is not None and longest > context:
@@ -216,9 +214,7 @@ def answer_prompts(
 
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    order = sorted(
-        range(len(prompts)), key=lambda index: len(prompts[index].input_ids)
-    )  # like lengths together: less padding
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))  # so that little is padded
     forced = variant == "teacher-forced"
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

@@ -93,8 +93,7 @@ class HeadScores:
     # --- the field's file form ---
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """``{"layer-head": [score of each passed instance, ...], ...}``, nan as null; written to ``path`` if one is
-        given."""
+        """``{"layer-head": [score of each passed instance, ...], ...}``, nan as null; written to ``path`` if given."""
         _, layers, heads = self.per_instance.shape
         values = {
             f"{layer}-{head}": [

@@ -1,5 +1,4 @@
-"""Needles in a haystack: prompts whose answer stands at a known place of a long text, and the recall of a model on
-them."""
+"""Needles in a haystack: prompts whose answer stands at a known place of a long text, and a model's recall on them."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ _FIRST_NAMES = (
 )  # fmt: skip
 _LAST_NAMES = (
     "Applegarth", "Brockway", "Cattermole", "Dunwoody", "Entwistle", "Fairweather", "Gathercole", "Hargreave",
-    "Inchbald", "Jessop", "Kettlewell", "Lovelock", "Micklethwait",
-    "Nettleship", "Osgood", "Pomfret", "Quarles",
+    "Inchbald", "Jessop", "Kettlewell", "Lovelock", "Micklethwait", "Nettleship", "Osgood", "Pomfret", "Quarles",
     "Ravenscroft", "Satterthwaite", "Thistlewood",
 )  # fmt: skip
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]*(?=\s)")
@@ -42,8 +40,7 @@ class Needle:
         statement: the sentence that is put into the text.
         question: the end of the prompt; the model's next words should be the answer.
         answer: how the prompt goes on, with its leading space where there should be one (``" 48213"``). Without the
-            spaces
-            around it, it must occur in the statement: its tokens there are what a head has to find and copy.
+            spaces around it, it must occur in the statement: its tokens there are what a head has to find and copy.
     """
 
     statement: str
@@ -118,8 +115,7 @@ class _Haystack:
 
 
 def _insert(window: str, statement: str, depth: float) -> tuple[str, int]:
-    """The window with the statement after the sentence end nearest before ``depth``, and where the statement begins
-    in it."""
+    """The window with the statement after the last sentence end before ``depth``, and where the statement begins."""
     target = round(depth * len(window))
     if depth >= 1:
         place = len(window)
@@ -276,6 +272,21 @@ def _fit(
     return best
 
 
+def choose_prompts(
+    tokenizer: Any,
+    prompts: Sequence[NeedlePrompt] | None,
+    haystack: str | None = None,
+    needles: Sequence[Needle] | None = None,
+    **options: Any,
+) -> list[NeedlePrompt]:
+    """The ready prompts, or new ones from the other arguments; both is a ValueError."""
+    if prompts is None:
+        return needle_prompts(tokenizer, haystack, needles, **options)
+    if haystack is not None or needles is not None or options:
+        raise ValueError("prompts are ready; leave out haystack, needles and the options of needle_prompts")
+    return list(prompts)
+
+
 @dataclass(frozen=True, eq=False)
 class NeedleRecall:
     """What a model answered.
@@ -365,7 +376,7 @@ def needle_recall(
         haystack, needles, **prompt_options: as in :func:`needle_prompts` (``lengths``, ``depths``, ``instances``,
             ``seed``, ...).
         parts: parts of heedful to attach meanwhile, for example ``[ablate_heads(scores.top(5))]``.
-        prompts: ready prompts instead; the arguments that build prompts are not used then.
+        prompts: ready prompts instead of those arguments.
         variant: "decode" answers greedily, one token a step, after a prefill without the last prompt token.
             "teacher-forced" feeds prompt and answer at once: for a single number the same verdict from one forward,
             unless a part treats prefill and decode differently.
@@ -377,10 +388,11 @@ def needle_recall(
         progress: called with (prompts done, prompts in all) after each batch.
 
     Example:
+        >>> import heedful
         >>> model, tokenizer = heedful.zoo.load("classics-20m")
         >>> print(heedful.interp.needle_recall(model, tokenizer, lengths=(512,), instances=1))
     """
-    prompts = list(prompts) if prompts is not None else needle_prompts(tokenizer, haystack, needles, **prompt_options)
+    prompts = choose_prompts(tokenizer, prompts, haystack, needles, **prompt_options)
     passed = torch.zeros(len(prompts), dtype=torch.bool)
     responses = [""] * len(prompts)
     for batch in answer_prompts(

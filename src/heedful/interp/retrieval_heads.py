@@ -14,15 +14,14 @@ from torch import Tensor
 
 from heedful.interp.answers import Answered, RowReader, answer_prompts
 from heedful.interp.head_scores import HeadScores
-from heedful.interp.needles import Needle, NeedlePrompt, needle_prompts
+from heedful.interp.needles import Needle, NeedlePrompt, choose_prompts
 from heedful.seam import AttentionCall
 
 MODES = ("set", "sum")
 
 
 class TopKeys(RowReader):
-    """Which token each head looks at most, row by row. Only these rows are materialised, and only one number a head
-    is kept.
+    """Which token each head looks at most. Only these rows are materialised, and one number a head and row is kept.
 
     Columns are indices into the batch's padded token ids; the newest key that a row sees is the row's own token, and
     that tells which column a cache slot holds, also where a sliding window has dropped old tokens.
@@ -147,7 +146,7 @@ def retrieval_scores(
         needles: the facts. Default: new names and numbers for each prompt.
         **prompt_options: ``lengths`` (512, 1024), ``depths`` (0.1, 0.3, 0.5, 0.7, 0.9), ``instances`` (2 a length and
             depth), ``seed`` (0), ``statement``, ``question``, ``prompt_format``: see :func:`needle_prompts`.
-        prompts: ready prompts instead; the arguments that build prompts are not used then.
+        prompts: ready prompts (:func:`needle_prompts`) instead of those arguments.
         layers: the layers to score; the others get nan. Default: all.
         mode: "set" (each needle token counts once, score in [0, 1]) or "sum" (the released code, can pass 1).
         variant: "decode" follows the paper, one row a step; "teacher-forced" feeds prompt and answer together and
@@ -164,7 +163,7 @@ def retrieval_scores(
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-    prompts = list(prompts) if prompts is not None else needle_prompts(tokenizer, haystack, needles, **prompt_options)
+    prompts = choose_prompts(tokenizer, prompts, haystack, needles, **prompt_options)
     layers = list(layers) if layers is not None else None
 
     found: dict[int, dict[int, Tensor]] = {}  # prompt -> layer -> (H,)
