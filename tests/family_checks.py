@@ -143,7 +143,6 @@ def check(name: str, padding: str | None = None, tower: str | None = None) -> di
         layers = attached.layers
     figures["layers"] = layers
 
-    # On the last layer only: everything below is bit-identical, shown by the outputs that a probe below sees.
     for stage in STAGES:
         for selectors in (
             {},

@@ -201,7 +201,11 @@ def qwen3_moe() -> Any:
 def gemma2() -> Any:
     return transformers.Gemma2Config(
         **_text(
-            head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=3.0, **_windows("sliding", "full", "sliding")
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            attn_logit_softcapping=3.0,
+            attn_implementation="eager",  # older versions choose SDPA, which drops the softcap
+            **_windows("sliding", "full", "sliding"),
         )
     )
 

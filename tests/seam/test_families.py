@@ -154,3 +154,15 @@ def test_positions_and_rotary():
     with heedful.attach(gpt2, learned):
         family_checks.result(gpt2, tiny_models.inputs(gpt2))
     assert learned.rotary is None
+
+
+def test_a_softcap_that_sdpa_ignores_is_not_in_the_logits():
+    """What counts is what the model computes: older transformers run Gemma 2 under SDPA without its softcap."""
+    try:
+        model = tiny_models.build("gemma2", attn="sdpa")
+    except ValueError:
+        pytest.skip("this transformers refuses SDPA for Gemma 2")
+    given = tiny_models.inputs(model)
+    plain = family_checks.result(model, given)
+    with heedful.attach(model, family_checks.Identity("logits")):
+        assert torch.allclose(family_checks.result(model, given), plain, atol=1e-5)

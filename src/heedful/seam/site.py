@@ -180,8 +180,8 @@ class Site:
             rotary=rotary,
             cross=inputs.cross,
             causal=bool(causal) and not inputs.cross,
-            softcap=keywords.get("softcap"),
-            sinks=keywords.get("s_aux"),
+            softcap=keywords.get("softcap") if name != "sdpa" else None,  # SDPA ignores both; newer versions refuse
+            sinks=keywords.get("s_aux") if name != "sdpa" else None,
             position_bias=keywords.get("position_bias"),
             cache=inputs.cache,
             past=past,
