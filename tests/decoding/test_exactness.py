@@ -66,7 +66,9 @@ def tiny(config, **changes):
         "eos_token_id": 2,
     }
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(config, **(shape | changes)))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(config, **(shape | changes))
+    )
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     for parameter in model.parameters():

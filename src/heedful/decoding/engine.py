@@ -71,7 +71,9 @@ class Engine:
         }
         self.requires = frozenset() if drafter is None else frozenset(drafter.requires)
         if unknown := self.requires - _REQUIREMENTS:
-            raise ValueError(f"{type(drafter).__name__}.requires has {sorted(unknown)}; known are {sorted(_REQUIREMENTS)}")
+            raise ValueError(
+                f"{type(drafter).__name__}.requires has {sorted(unknown)}; known are {sorted(_REQUIREMENTS)}"
+            )
         self.input_ids = input_ids
         self.device = input_ids.device
         self.batch, self.prompt_length = input_ids.shape
@@ -127,7 +129,7 @@ class Engine:
         trees = self.draft(active)
         drafted = perf_counter()
         logits = self.verify(trees, hidden)
-        choices = self.select.argmax(logits) if self.select.is_argmax else None
+        choices = self.select.nodes(logits) if self.select.at_once else None
         if choices is None and logits.is_cuda:
             torch.cuda.synchronize(logits.device)  # else the walk would be billed for the forward
         verified = perf_counter()
@@ -177,7 +179,9 @@ class Engine:
             positions = torch.arange(self.prompt_length, device=self.device)[None]
         #: Position of the last prompt token: (B or 1, 1), or (planes, B, 1) where positions have several axes.
         self.last_position = positions[..., -1:].to(model_device(self.model))
-        self.next_position = (self.last_position.reshape(-1, self.last_position.shape[-2], 1).amax(0)[:, 0] + 1).tolist()
+        self.next_position = (
+            self.last_position.reshape(-1, self.last_position.shape[-2], 1).amax(0)[:, 0] + 1
+        ).tolist()
         self.next_position *= self.batch // len(self.next_position)
         self.cached = [self.prompt_length] * self.batch  # rows of the cache that belong to each row of the batch
         self.width = self.prompt_length  # rows of the cache in use
@@ -367,7 +371,11 @@ class Engine:
         length = len(self.tokens[row])
         if self.stopped[row] is not None:  # a row without EOS that goes on until the last one ends
             return length == self.max_length
-        ended = self.stop.row(row, self._sequence(row), token, length) if self.stop.others else self.stop.simple(token, length)
+        ended = (
+            self.stop.row(row, self._sequence(row), token, length)
+            if self.stop.others
+            else self.stop.simple(token, length)
+        )
         if ended:
             self.stopped[row] = length
         return ended and (self.stop.pads or self.batch == 1 or length == self.max_length)

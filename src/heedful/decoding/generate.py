@@ -77,7 +77,9 @@ def generate(
     check_call(kwargs)
     check_model(_unwrapped(model))
     if kwargs.get("past_key_values") is not None:
-        raise ValueError("past_key_values: the engine keeps its own full-length cache; pass the whole prompt as input_ids")
+        raise ValueError(
+            "past_key_values: the engine keeps its own full-length cache; pass the whole prompt as input_ids"
+        )
     _stop_strings_to_criterion(model, kwargs)
     output = model.generate(input_ids, custom_generate=run, **kwargs)
     assert run.stats is not None

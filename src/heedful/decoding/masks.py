@@ -86,7 +86,9 @@ class MaskBuilder:
                 continue
             positions = torch.arange(full.shape[-1], device=self.device)
             positions[start:end] = start + depths
-            masks[kind] = full.masked_fill(~self._near(kind, (start + depths)[:, None], positions[None, :], None), self.hidden)
+            masks[kind] = full.masked_fill(
+                ~self._near(kind, (start + depths)[:, None], positions[None, :], None), self.hidden
+            )
         return masks
 
     def _build_batch(

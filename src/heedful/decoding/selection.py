@@ -18,8 +18,9 @@ class TokenSelector:
 
     def __init__(self, processors: LogitsProcessorList, do_sample: bool, batch_size: int) -> None:
         self.processors, self.do_sample, self.batch_size = processors, do_sample, batch_size
-        #: Whether every token is the arg-max of its raw logits, so that a whole step is decided by one arg-max.
-        self.is_argmax = not do_sample and len(processors) == 0
+        #: Whether a token depends on its own logits alone, so that all nodes of a step can be decided in one call. A draw for
+        #: every node is as exact as one for each node of the walk, but at batch size 1 the latter are generate's own draws.
+        self.at_once = len(processors) == 0 and (not do_sample or batch_size > 1)
 
     def batch(self, ids: LongTensor, logits: Tensor) -> LongTensor:
         """Tokens ``(B,)`` for the sequences ``ids (B, T)`` and the next tokens' logits ``(B, V)``."""
@@ -37,9 +38,11 @@ class TokenSelector:
                 scores = self.processors(ids, scores)
         return int(self._choose(scores))
 
-    def argmax(self, logits: Tensor) -> list[list[int]]:
-        """Every node's arg-max, ``(B, n, V)`` to B lists. Ties go to the lowest index, as in generate."""
-        if logits.device.type == "cpu":  # the same first maximum as torch's, an order of magnitude sooner
+    def nodes(self, logits: Tensor) -> list[list[int]]:
+        """The token of every node, ``(B, n, V)`` to B lists, when `at_once`."""
+        if self.do_sample:
+            return self._choose(logits.float().flatten(0, 1)).view(logits.shape[:2]).tolist()
+        if logits.device.type == "cpu":  # the first maximum, as in torch, an order of magnitude sooner
             return logits.float().numpy().argmax(-1).tolist()
         return logits.float().argmax(-1).tolist()
 

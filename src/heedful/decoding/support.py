@@ -33,7 +33,9 @@ def check_model(model: PreTrainedModel) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder model")
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise refuse("its forward takes no position_ids, so the nodes of a draft tree cannot be placed (ALiBi or own positions)")
+        raise refuse(
+            "its forward takes no position_ids, so the nodes of a draft tree cannot be placed (ALiBi or own positions)"
+        )
     if not getattr(model, "_supports_attention_backend", False):
         raise refuse("its attention does not go through transformers' attention interface and may ignore a tree's mask")
     try:
@@ -66,7 +68,9 @@ def check_rope(model: PreTrainedModel, final_length: int | None) -> None:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind is None or ("dynamic" not in kind and kind != "longrope"):
             continue
-        original = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
         if original is None or "dynamic" in kind:
             original = min(text.max_position_embeddings, original or text.max_position_embeddings)
         if final_length is None or final_length > original:
@@ -86,7 +90,9 @@ def check_call(arguments: Mapping[str, Any]) -> None:
     if arguments.get("custom_generate") is not None:
         raise ValueError("heedful.generate is itself a custom_generate; leave custom_generate out")
     if arguments.get("token_healing"):
-        raise ValueError("token_healing is not supported by heedful.generate: heal the prompt first (model.heal_tokens)")
+        raise ValueError(
+            "token_healing is not supported by heedful.generate: heal the prompt first (model.heal_tokens)"
+        )
 
 
 def check_arguments(config: GenerationConfig, model_kwargs: Mapping[str, Any], fresh_cache: bool) -> None:
@@ -98,15 +104,23 @@ def check_arguments(config: GenerationConfig, model_kwargs: Mapping[str, Any], f
         fresh_cache: whether ``past_key_values`` is the empty cache that generate made itself.
     """
     if (config.num_beams or 1) > 1:
-        raise ValueError(f"num_beams={config.num_beams}: beam search has no drafting here; use num_beams=1 or model.generate")
+        raise ValueError(
+            f"num_beams={config.num_beams}: beam search has no drafting here; use num_beams=1 or model.generate"
+        )
     if config.prompt_lookup_num_tokens is not None:
-        raise ValueError("prompt_lookup_num_tokens belongs to model.generate; pass drafter=PromptLookup(num_tokens=...) instead")
+        raise ValueError(
+            "prompt_lookup_num_tokens belongs to model.generate; pass drafter=PromptLookup(num_tokens=...) instead"
+        )
     if getattr(config, "penalty_alpha", None) or getattr(config, "dola_layers", None) is not None:
         raise ValueError("contrastive search and DoLa are other ways of decoding; use model.generate")
     if config.use_cache is False:
-        raise ValueError("use_cache=False: a tree is verified against the cache of the text before it; leave use_cache=True")
+        raise ValueError(
+            "use_cache=False: a tree is verified against the cache of the text before it; leave use_cache=True"
+        )
     if not fresh_cache:
-        raise ValueError("past_key_values: the engine keeps its own full-length cache; pass the whole prompt as input_ids")
+        raise ValueError(
+            "past_key_values: the engine keeps its own full-length cache; pass the whole prompt as input_ids"
+        )
     if config.cache_implementation not in (None, "dynamic", "static"):
         raise ValueError(
             f"cache_implementation={config.cache_implementation!r} is not supported; use None, 'dynamic' or 'static'"
@@ -118,14 +132,18 @@ def check_arguments(config: GenerationConfig, model_kwargs: Mapping[str, Any], f
         raise ValueError("inputs_embeds is not supported: drafts are made of token ids; pass input_ids")
 
 
-def check_batch(processors: LogitsProcessorList, streamer: object, attention_mask: Tensor | None, batch_size: int) -> None:
+def check_batch(
+    processors: LogitsProcessorList, streamer: object, attention_mask: Tensor | None, batch_size: int
+) -> None:
     """ValueError for what cannot be exact, or has no meaning, with this batch."""
     if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
         raise ValueError("right padding: generation continues after the last column; set tokenizer.padding_side='left'")
     if batch_size == 1:
         return
     if streamer is not None:
-        raise ValueError(f"a streamer takes one sequence, but the batch has {batch_size}; leave streamer out or use batch size 1")
+        raise ValueError(
+            f"a streamer takes one sequence, but the batch has {batch_size}; leave streamer out or use batch size 1"
+        )
     for processor in processors:
         if type(processor).__name__ in _STATEFUL_PROCESSORS:
             raise ValueError(

@@ -39,8 +39,11 @@ PAPER_TEMPLATE: tuple[tuple[int, ...], ...] = tuple(
 )
 
 _UNSEEN = -1
-_BUCKETS = 16  # of a candidate's probability, in the table of measured acceptance rates
-_PRIOR = 8.0  # observations that the prior of a rate counts for
+# What an acceptance rate is measured for: what became of a candidate's row (the node was rejected; accepted, but another
+# token followed; this one followed), its rank, its share of the top k's probability, and how well drafting goes right now.
+_FATES, _BUCKETS = 3, 8
+_PACES = np.array([1.25, 1.75, 2.5, 3.5, 5.0])  # bounds of the recent tokens per step that get rates of their own
+_PRIOR = 8.0  # observations that a prior counts for
 _MEMORY = 0.98  # decay per step of the tokens per second that a larger tree has to beat
 
 
@@ -127,6 +130,7 @@ class TokenRecycling(Drafter):
             )
         while len(self.matrices) < (1 if self.share_rows else batch_size):
             self.matrices.append(AdjacencyMatrix(vocabulary, self.num_candidates))
+        self._recent = np.full(batch_size, 2.0)
         self._costs = None
         if self.max_nodes == "auto" and len(self.template):
             self._costs = forward_costs(model, batch_size, len(self.template) + 1) / batch_size
@@ -139,10 +143,12 @@ class TokenRecycling(Drafter):
             start = 0 if outputs.attention_mask is None else int(outputs.attention_mask[row].int().argmax())
             for at in range(start, tokens.shape[1], 256):  # in pieces: logits of a whole prompt are large in float32
                 chunk = slice(at, at + 256)
-                matrix.write(tokens[row, chunk].cpu().numpy(), *matrix.candidates(outputs.logits[row, chunk]))
+                followers = np.append(tokens[row, at + 1 : at + 257].cpu().numpy(), _UNSEEN)[: len(tokens[row, chunk])]
+                candidates, shares = matrix.candidates(outputs.logits[row, chunk])
+                matrix.write(tokens[row, chunk].cpu().numpy(), candidates, shares, followers)
 
     def propose(self, roots: LongTensor, committed: list[LongTensor]) -> list[DraftTree | None]:
-        return [self._read(self._matrix(row), root) for row, root in enumerate(roots.tolist())]
+        return [self._read(row, root) for row, root in enumerate(roots.tolist())]
 
     def update(
         self,
@@ -152,19 +158,19 @@ class TokenRecycling(Drafter):
         new_roots: LongTensor,
     ) -> None:
         assert outputs.logits is not None
-        candidates, probabilities = self.matrices[0].candidates(outputs.logits)
+        candidates, shares = self.matrices[0].candidates(outputs.logits)
         for row, tree in enumerate(trees):
             if tree is None:
                 continue
             matrix, path = self._matrix(row), paths[row]
             tokens = tree.tokens.numpy()
-            followers = np.append(tokens[path[1:]], int(new_roots[row]))
-            matrix.learn_rates(tokens[path], followers)
+            followers = np.full(len(tokens), _UNSEEN)
+            followers[path] = np.append(tokens[path[1:]], int(new_roots[row]))
+            matrix.learn_rates(tokens[path], followers[path], self._recent[row])
             # Where a token stands in several nodes, the last one written stays: let that be an accepted one.
-            rejected = np.ones(len(tokens), dtype=bool)
-            rejected[path] = False
-            order = np.concatenate([np.flatnonzero(rejected), path])
-            matrix.write(tokens[order], candidates[row][order], probabilities[row][order])
+            order = np.argsort(followers != _UNSEEN, kind="stable")
+            matrix.write(tokens[order], candidates[row][order], shares[row][order], followers[order])
+            self._recent[row] += 0.5 * (len(path) - self._recent[row])
             if self._costs is not None:
                 self._pace = _MEMORY * self._pace + np.array([len(path), self._costs[len(tokens) - 1]])
 
@@ -175,6 +181,7 @@ class TokenRecycling(Drafter):
         self.matrices: list[AdjacencyMatrix] = []
         self._costs: np.ndarray | None = None
         self._pace = np.zeros(2)  # decayed tokens and seconds: what a larger tree has to beat
+        self._recent = np.zeros(0)  # tokens per step of each row lately
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes what was learned as safetensors: ``tokens`` int32 ``(rows, V, k)``, -1 where nothing is known yet.
@@ -211,11 +218,14 @@ class TokenRecycling(Drafter):
     def _matrix(self, row: int) -> AdjacencyMatrix:
         return self.matrices[0 if self.share_rows else row]
 
-    def _read(self, matrix: AdjacencyMatrix, root: int) -> DraftTree | None:
+    def _read(self, row: int, root: int) -> DraftTree | None:
+        matrix = self._matrix(row)
         if not len(self.template) or self.max_nodes == 0 or root >= matrix.vocabulary:
             return None
-        tokens, scores = self.template.read(matrix, root)
-        order = np.argsort(-scores, kind="stable")  # a node never scores above its parent, and comes after it when equal
+        tokens, scores = self.template.read(matrix, root, self._recent[row])
+        order = np.argsort(
+            -scores, kind="stable"
+        )  # a node never scores above its parent, and comes after it when equal
         known = int(np.count_nonzero(scores))
         if self._costs is None:
             count = min(known, int(self.max_nodes) + 1)
@@ -258,7 +268,9 @@ class TreeTemplate:
             if not path or path[:-1] not in index:
                 raise ValueError(f"tree_template: the node {path} needs its parent {path[:-1]} in the template too")
             if not 0 <= path[-1] < num_candidates:
-                raise ValueError(f"tree_template: the node {path} has a rank outside [0, {num_candidates}), num_candidates")
+                raise ValueError(
+                    f"tree_template: the node {path} has a rank outside [0, {num_candidates}), num_candidates"
+                )
         self.parents = np.array([-1, *(index[path[:-1]] for path in nodes[1:])])
         ranks = np.array([0, *(path[-1] for path in nodes[1:])])
         depths = np.array([len(path) for path in nodes])
@@ -272,15 +284,16 @@ class TreeTemplate:
         """The nodes beside the root."""
         return len(self.parents) - 1
 
-    def read(self, matrix: AdjacencyMatrix, root: int) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, matrix: AdjacencyMatrix, root: int, recent: float) -> tuple[np.ndarray, np.ndarray]:
         """Tokens ``(n,)`` int64 and acceptance probabilities ``(n,)``, 0 where the matrix knows no successor."""
         tokens = np.empty(len(self.parents), dtype=np.int64)
         scores = np.empty(len(self.parents))
         tokens[0], scores[0] = root, 1.0
+        rates = matrix.rates[np.searchsorted(_PACES, recent)]
         for nodes, parents, ranks in self.levels:
             at = tokens[parents] * matrix.num_candidates + ranks  # of an unseen parent: some entry, with score 0
             tokens[nodes] = matrix.flat_tokens.take(at, mode="wrap")
-            scores[nodes] = scores[parents] * matrix.rates.take(matrix.flat_codes.take(at, mode="wrap"))
+            scores[nodes] = scores[parents] * rates.take(matrix.flat_codes.take(at, mode="wrap"))
         return tokens, scores
 
 
@@ -289,19 +302,20 @@ class AdjacencyMatrix:
 
     Attributes:
         tokens: int32 ``(V, k)``, by falling probability; -1 where nothing is known yet.
-        codes: uint8 ``(V, k)``: each entry's row in the table of acceptance rates, by rank and probability.
-        rates: float64, the measured rate for each code.
+        codes: ``(V, k)``: each entry's column in the table of acceptance rates.
+        rates: float64 ``(6, codes)``: the measured rates, a row for each pace of drafting.
     """
 
     def __init__(self, vocabulary: int, num_candidates: int) -> None:
         self.vocabulary, self.num_candidates = vocabulary, num_candidates
-        kinds = num_candidates * _BUCKETS + 1  # the last one is that of unknown entries: rate 0
+        kinds = _FATES * num_candidates * _BUCKETS + 1  # the last one is that of unknown entries: rate 0
         self.tokens = np.full((vocabulary, num_candidates), _UNSEEN, dtype=np.int32)
         self.codes = np.full((vocabulary, num_candidates), kinds - 1, dtype=np.uint8 if kinds <= 256 else np.uint16)
-        self.hits, self.seen = np.zeros(kinds), np.zeros(kinds)
+        self.hits, self.seen = np.zeros((len(_PACES) + 1, kinds)), np.zeros((len(_PACES) + 1, kinds))
+        self._steps = 0
         self._ranks = np.arange(num_candidates) * _BUCKETS
         # Before anything is measured, a candidate comes true as often as its probability says.
-        self._prior = np.tile((np.arange(_BUCKETS) + 0.5) / _BUCKETS, num_candidates)
+        self._prior = np.tile((np.arange(_BUCKETS) + 0.5) / _BUCKETS, _FATES * num_candidates)
         self._set_rates()
 
     @property
@@ -318,24 +332,37 @@ class AdjacencyMatrix:
         top, tokens = logits.topk(min(self.num_candidates, logits.shape[-1]), dim=-1)
         return tokens.cpu().numpy(), top.softmax(-1).cpu().numpy()
 
-    def write(self, tokens: np.ndarray, candidates: np.ndarray, probabilities: np.ndarray) -> None:
-        """Sets the successors of ``tokens (n,)``; of a token that occurs twice, the last one stays."""
-        width = candidates.shape[-1]
-        buckets = np.minimum((probabilities * _BUCKETS).astype(np.int64), _BUCKETS - 1)
-        self.tokens[tokens, :width] = candidates
-        self.codes[tokens, :width] = buckets + self._ranks[:width]
+    def write(self, tokens: np.ndarray, candidates: np.ndarray, shares: np.ndarray, followers: np.ndarray) -> None:
+        """Sets the successors of ``tokens (n,)``; of a token that occurs twice, the last one stays.
 
-    def learn_rates(self, tokens: np.ndarray, followers: np.ndarray) -> None:
+        Args:
+            tokens: the tokens whose successors are set.
+            candidates: their successors ``(n, k)``, likeliest first.
+            shares: the successors' shares of the probability ``(n, k)``.
+            followers: the token that did follow, -1 in rejected nodes.
+        """
+        width = candidates.shape[-1]
+        buckets = np.minimum((shares * _BUCKETS).astype(np.int64), _BUCKETS - 1)
+        fates = np.where(followers[:, None] == _UNSEEN, 0, np.where(candidates == followers[:, None], 2, 1))
+        self.tokens[tokens, :width] = candidates
+        self.codes[tokens, :width] = buckets + self._ranks[:width] + fates * (self.num_candidates * _BUCKETS)
+
+    def learn_rates(self, tokens: np.ndarray, followers: np.ndarray, recent: float) -> None:
         """Counts which of the known successors of ``tokens (m,)`` came true: ``followers (m,)``."""
+        pace = np.searchsorted(_PACES, recent)
         codes = self.codes[tokens].reshape(-1)
         true = (self.tokens[tokens] == followers[:, None]).reshape(-1)
-        self.seen += np.bincount(codes, minlength=len(self.seen))
-        self.hits += np.bincount(codes, weights=true, minlength=len(self.hits))
-        self._set_rates()
+        np.add.at(self.seen[pace], codes, 1.0)
+        np.add.at(self.hits[pace], codes, true)
+        self._steps += 1
+        if self._steps % 8 == 0:  # rates move slowly
+            self._set_rates()
 
     def _set_rates(self) -> None:
-        self.rates = np.zeros(len(self.seen))
-        self.rates[:-1] = np.maximum((self.hits[:-1] + _PRIOR * self._prior) / (self.seen[:-1] + _PRIOR), 1e-9)
+        """Each pace's rates lean on those over all paces, and these on the probabilities, as long as little is measured."""
+        overall = (self.hits.sum(0)[:-1] + _PRIOR * self._prior) / (self.seen.sum(0)[:-1] + _PRIOR)
+        self.rates = np.zeros_like(self.seen)
+        self.rates[:, :-1] = np.maximum((self.hits[:, :-1] + _PRIOR * overall) / (self.seen[:, :-1] + _PRIOR), 1e-9)
 
     def state(self) -> dict[str, np.ndarray]:
         return {"tokens": self.tokens, "codes": self.codes, "hits": self.hits, "seen": self.seen}

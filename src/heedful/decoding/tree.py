@@ -39,7 +39,9 @@ class Topology:
 
     def __init__(self, parents: tuple[int, ...]) -> None:
         if not parents or parents[0] != -1:
-            raise ValueError(f"node 0 of a draft tree is its root and has the parent -1, got parents {list(parents)[:8]}")
+            raise ValueError(
+                f"node 0 of a draft tree is its root and has the parent -1, got parents {list(parents)[:8]}"
+            )
         for node, parent in enumerate(parents[1:], start=1):
             if not 0 <= parent < node:
                 raise ValueError(f"the parent of node {node} must be one of the nodes 0 to {node - 1}, got {parent}")
@@ -59,7 +61,9 @@ class Topology:
     def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Depths ``(n,)`` and the additive ancestor-or-self mask ``(n, n)`` on a device, made once."""
         if (device, dtype) not in self._on_device:
-            hidden = torch.zeros(self.size, self.size, dtype=dtype).masked_fill_(~self.ancestors, torch.finfo(dtype).min)
+            hidden = torch.zeros(self.size, self.size, dtype=dtype).masked_fill_(
+                ~self.ancestors, torch.finfo(dtype).min
+            )
             self._on_device[device, dtype] = (self.depth_tensor.to(device), hidden.to(device))
         return self._on_device[device, dtype]
 
@@ -99,7 +103,9 @@ class VerifiedTree:
             raise ValueError(f"row {row}: the draft tree starts with token {tokens[0]}, but the row's root is {root}")
         if min(tokens) < 0 or max(tokens) >= vocabulary:
             wrong = next(token for token in tokens if not 0 <= token < vocabulary)
-            raise ValueError(f"row {row}: token {wrong} of the draft tree lies outside the vocabulary [0, {vocabulary})")
+            raise ValueError(
+                f"row {row}: token {wrong} of the draft tree lies outside the vocabulary [0, {vocabulary})"
+            )
         return cls(tokens, shape, tree)
 
     def limit(self, max_depth: int, max_nodes: int) -> VerifiedTree:
