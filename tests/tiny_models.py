@@ -25,18 +25,21 @@ class Family:
     kind: str
     model_class: str
     make: Callable[[], Any]
-    care: str = ""  # what a user has to know
+    care: str = ""  # what a user has to know before attaching
+    note: str = ""  # what is special about its attention
 
 
 FAMILIES: dict[str, Family] = {}
 
 
-def family(kind: str, model_class: str, care: str = "") -> Callable[[Callable[[], Any]], Callable[[], Any]]:
+def family(
+    kind: str, model_class: str, care: str = "", note: str = ""
+) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
     """Registers a function that returns the config of a tiny model; its name is the family's."""
 
     def register(make: Callable[[], Any]) -> Callable[[], Any]:
         name = make.__name__
-        FAMILIES[name] = Family(name, kind, model_class, make, care)
+        FAMILIES[name] = Family(name, kind, model_class, make, care, note)
         return make
 
     return register
@@ -85,7 +88,7 @@ def _spread(model: Any) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() >= 2:
-                p.normal_(0.0, min(0.5, 1.5 * p.shape[-1] ** -0.5) if "embed" not in name else 0.35)
+                p.normal_(0.0, min(0.5, 1.2 * p.shape[-1] ** -0.5) if "embed" not in name else 0.35)
             elif "sinks" in name:
                 p.normal_()
 
@@ -172,7 +175,7 @@ def llama() -> Any:
     return transformers.LlamaConfig(**_text())
 
 
-@family("decoder", "MistralForCausalLM", "sliding window")
+@family("decoder", "MistralForCausalLM", note="sliding window")
 def mistral() -> Any:
     return transformers.MistralConfig(**_text(sliding_window=6))
 
@@ -210,7 +213,7 @@ def gemma2() -> Any:
     )
 
 
-@family("decoder", "Gemma3ForCausalLM")
+@family("decoder", "Gemma3ForCausalLM", note="sliding window")
 def gemma3_text() -> Any:
     return transformers.Gemma3TextConfig(
         **_text(head_dim=8, query_pre_attn_scalar=8, **_windows("sliding", "full", "sliding"))
@@ -242,7 +245,7 @@ def gpt2() -> Any:
     )  # fmt: skip
 
 
-@family("decoder", "Cohere2ForCausalLM", "sliding window, layers without rotation")
+@family("decoder", "Cohere2ForCausalLM", note="sliding window, layers without rotation")
 def cohere2() -> Any:
     return transformers.Cohere2Config(**_text(**_windows("sliding", "sliding", "full")))
 
@@ -267,7 +270,7 @@ def starcoder2() -> Any:
     return transformers.Starcoder2Config(**_text())
 
 
-@family("decoder", "DeepseekV3ForCausalLM", "latent attention: key and value widths differ")
+@family("decoder", "DeepseekV3ForCausalLM", note="latent attention: key and value widths differ")
 def deepseek_v3() -> Any:
     return transformers.DeepseekV3Config(
         **_text(
@@ -287,12 +290,12 @@ def qwen3_next() -> Any:
     )  # fmt: skip
 
 
-@family("decoder", "SmolLM3ForCausalLM", "layers without rotation")
+@family("decoder", "SmolLM3ForCausalLM", note="layers without rotation")
 def smollm3() -> Any:
     return transformers.SmolLM3Config(**_text(no_rope_layers=[1, 1, 0]))
 
 
-@family("decoder", "Exaone4ForCausalLM")
+@family("decoder", "Exaone4ForCausalLM", note="sliding window")
 def exaone4() -> Any:
     return transformers.Exaone4Config(**_text(head_dim=8, **_windows("sliding", "sliding", "full")))
 

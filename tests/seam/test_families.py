@@ -1,5 +1,7 @@
 """Every promise of attach, on tiny models of all families, with and without padding."""
 
+from pathlib import Path
+
 import family_checks
 import pytest
 import tiny_models
@@ -166,3 +168,10 @@ def test_a_softcap_that_sdpa_ignores_is_not_in_the_logits():
     plain = family_checks.result(model, given)
     with heedful.attach(model, family_checks.Identity("logits")):
         assert torch.allclose(family_checks.result(model, given), plain, atol=1e-5)
+
+
+def test_the_table_of_the_docs_lists_these_families():
+    table = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    listed = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("| ") and "`" in line]
+    assert listed == list(tiny_models.FAMILIES)
+    assert "does not hold" not in table
