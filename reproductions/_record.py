@@ -27,7 +27,14 @@ def _device() -> str:
 
 
 def record(
-    slug: str, *, claim: str, figures: dict[str, Any], reproduced: bool, seconds: float, notes: str = "", out: Path | None = None
+    slug: str,
+    *,
+    claim: str,
+    figures: dict[str, Any],
+    reproduced: bool,
+    seconds: float,
+    notes: str = "",
+    out: Path | None = None,
 ) -> Path:
     """Records one run. ``claim``: the paper's claim in one sentence; ``figures``: what was measured, JSON values with
     units in their names; ``reproduced``: whether the claim came out here; ``notes``: why not, or what to know."""
@@ -44,7 +51,11 @@ def record(
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "seconds": round(seconds, 1),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
     out = out or RESULTS / f"{slug}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,117 @@
+"""Writes the method pages from the catalog, the docstrings and the recorded reproductions. `make docs` runs it.
+
+python docs/generate.py [--check]     --check: change nothing, fail if a page is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+from heedful import catalog
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT.parent / "reproductions" / "results"
+SECTIONS = ("Example", "Cost", "When not to use", "Paper")
+
+
+def sections(docstring: str) -> dict[str, str]:
+    """A Google-style docstring as {heading: text}, the part before the first heading under ''."""
+    found: dict[str, str] = {}
+    heading, lines = "", []
+    for line in [*inspect.cleandoc(docstring).splitlines(), "End:"]:
+        match = re.fullmatch(r"([A-Z][A-Za-z ]+):", line)
+        if match:
+            found[heading] = inspect.cleandoc("\n".join(lines)).strip()
+            heading, lines = match[1], []
+        else:
+            lines.append(line)
+    return found
+
+
+def resolve(entry_point: str) -> object:
+    """``module:name`` as the object."""
+    module, name = entry_point.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def example(text: str) -> str:
+    """A doctest as a plain code block."""
+    lines = [
+        line[4:] if line.startswith((">>> ", "... ")) else line.removeprefix(">>>").removeprefix("...")
+        for line in text.splitlines()
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def figures(value: object, prefix: str = "") -> list[tuple[str, str]]:
+    """Nested figures as (name, value) rows; long lists are left to the JSON file."""
+    if isinstance(value, dict):
+        return [
+            row for key, inner in value.items() for row in figures(inner, f"{prefix} / {key}" if prefix else str(key))
+        ]
+    if isinstance(value, float):
+        return [(prefix, f"{value:.4g}")]
+    if isinstance(value, list) and (len(value) > 12 or any(isinstance(item, (dict, list)) for item in value)):
+        return []
+    return [(prefix, json.dumps(value) if isinstance(value, list) else str(value))]
+
+
+def page(method: catalog.Method) -> str:
+    """The page of one method."""
+    parts = sections(resolve(method.entry_point).__doc__ or "")
+    missing = [name for name in SECTIONS if name not in parts]
+    if missing:
+        raise SystemExit(f"{method.entry_point}: the docstring lacks the section(s) {', '.join(missing)}")
+    lines = [
+        f"# {method.slug}", "", f"*{method.title}*  ", f"{method.authors}, arXiv {method.arxiv}", "", parts[""], "", "## Example", "", example(parts["Example"]),
+        "", "## What it costs", "", parts["Cost"], "", "## When not to use it", "", parts["When not to use"], "",
+    ]  # fmt: skip
+    result = RESULTS / f"{method.slug}.json"
+    if result.exists():
+        record = json.loads(result.read_text())
+        lines += [
+            "## Reproduction", "", f"**Claim.** {record['claim']}", "", f"**{'Reproduced' if record['reproduced'] else 'Not reproduced'}** "
+            f"on {record['device']}, {record['date']}, commit {record['commit']}, {record['seconds']:.0f} s "
+            f"(`heedful reproduce {method.slug}`).", "", record["notes"], "", "| figure | value |", "|---|---|",
+            *[f"| {name} | {value} |" for name, value in figures(record["figures"])][:40], "",
+        ]  # fmt: skip
+    lines += ["## Reference", ""]
+    for entry in (method.entry_point, *method.also):
+        lines += [f"::: {entry.replace(':', '.')}", ""]
+    return "\n".join(lines)
+
+
+def index() -> str:
+    """The overview of all methods."""
+    lines = ["# Methods", "", "| method | kind | what it does | paper |", "|---|---|---|---|"]
+    lines += [
+        f"| [{m.slug}]({m.slug}.md) | {m.kind} | {m.does} | {m.title}, arXiv {m.arxiv} |" for m in catalog.methods()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    pages = {"index": index()} | {method.slug: page(method) for method in catalog.methods()}
+    stale = []
+    for name, text in pages.items():
+        path = ROOT / "methods" / f"{name}.md"
+        if not path.exists() or path.read_text() != text:
+            stale.append(str(path))
+            if not check:
+                path.write_text(text)
+    if check and stale:
+        sys.exit(f"out of date, run `python docs/generate.py`: {', '.join(stale)}")
+    print(f"{len(pages)} pages, {len(stale)} {'changed' if not check else 'stale'}")
+
+
+if __name__ == "__main__":
+    main()

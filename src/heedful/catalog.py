@@ -1,0 +1,101 @@
+"""The methods of the library: one record each. Entry points are strings, so that reading the catalog imports nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method.
+
+    Attributes:
+        slug: name in commands and file names. title, authors, arxiv: of the paper (``arxiv`` is its id).
+        room: the part of the library it lives in. entry_point: ``module:name`` of what a user calls.
+        does: what it is for, in one line. kind: what it is to the library (kernel, probe, edit, drafter).
+        extra: the optional dependencies to install (``pip install heedful[extra]``), or None.
+        status: "stable" (tests, reproduction and real models), or "experimental".
+    """
+
+    slug: str
+    title: str
+    authors: str
+    arxiv: str
+    room: str
+    kind: str
+    entry_point: str
+    does: str
+    also: tuple[str, ...] = ()
+    extra: str | None = None
+    status: str = "stable"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return asdict(self)
+
+
+METHODS = (
+    Method(
+        slug="act",
+        title="Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training through Attention Calibration",
+        authors="Zhongzhi Yu, Zheng Wang, Yonggan Fu, Huihong Shi, Khalid Shaikh, Yingyan (Celine) Lin",
+        arxiv="2406.15765",
+        room="steering",
+        kind="edit",
+        entry_point="heedful.steering:AttentionCalibration",
+        also=("heedful.steering:sink_map", "heedful.steering:search_heads"),
+        does="takes attention away from late sink tokens, in heads chosen once",
+        extra=None,
+    ),
+    Method(
+        slug="hip",
+        title="A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention",
+        authors="Heejun Lee, Geon Park, Youngwan Lee, Jaduk Suh, Jina Kim, Wonyoung Jeong, Bumsik Kim, Hyemin Lee, Myeongjae Jeon, Sung Ju Hwang",
+        arxiv="2406.09827",
+        room="attention",
+        kind="kernel",
+        entry_point="heedful.kernels:HiPAttention",
+        also=("heedful.attention:hip_attention",),
+        does="each block of queries finds the few hundred keys worth reading by a tree search",
+    ),
+    Method(
+        slug="retrieval-heads",
+        title="Retrieval Head Mechanistically Explains Long-Context Factuality",
+        authors="Wenhao Wu, Yizhong Wang, Guangxuan Xiao, Hao Peng, Yao Fu",
+        arxiv="2404.15574",
+        room="interp",
+        kind="probe",
+        entry_point="heedful.interp:retrieval_scores",
+        also=("heedful.interp:ablate_heads", "heedful.interp:needle_recall", "heedful.interp:recall_without_heads"),
+        does="scores each head by how much of a hidden fact it copies, and removes heads",
+    ),
+    Method(
+        slug="token-recycling",
+        title="Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling",
+        authors="Xianzhen Luo, Yixuan Wang, Qingfu Zhu, Zhiming Zhang, Xuanyu Zhang, Qing Yang, Dongliang Xu, Wanxiang Che",
+        arxiv="2408.08696",
+        room="decoding",
+        kind="drafter",
+        entry_point="heedful.decoding:TokenRecycling",
+        also=("heedful.decoding:PromptLookup", "heedful.decoding:generate"),
+        does="drafts a tree from candidates the model has already computed; the output stays the same",
+    ),
+)  # fmt: skip
+
+
+def methods() -> tuple[Method, ...]:
+    """All methods that have landed, by slug."""
+    return METHODS
+
+
+def get(slug: str) -> Method:
+    """The record of one method.
+
+    Raises:
+        ValueError: there is no such slug.
+    """
+    for method in METHODS:
+        if method.slug == slug:
+            return method
+    raise ValueError(f"no method {slug!r}: there are {', '.join(method.slug for method in METHODS)}")
