@@ -384,6 +384,30 @@ def test_compiled_models_run_it_outside_the_graph():
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+def test_the_bundled_model_stays_close_to_itself():
+    model, tokenizer = heedful.zoo.load("classics-20m")
+    ids = tokenizer(heedful.zoo.excerpt()[:12000], return_tensors="pt").input_ids[:, :2048]
+    assert ids.shape[1] == 2048
+
+    def predictions(*parts):
+        with attach(model, *parts) as attached:
+            return model(ids).logits[:, 1024:].log_softmax(-1), attached.report()
+
+    dense, _ = predictions()
+
+    def divergence(part):
+        found, report = predictions(part)
+        return (dense.exp() * (dense - found)).sum(-1).mean().item(), found, report
+
+    sparse, found, report = divergence(HiPAttention(top_k=512, sliding_window=128))
+    window, _, _ = divergence(HiPAttention(top_k=2, sliding_window=128 + 510))
+    assert sparse < 0.02
+    assert sparse < window / 2
+    assert (found.argmax(-1) == dense.argmax(-1)).float().mean() > 0.9
+    assert all(line["share_of_keys_read"] < 0.65 for line in report)
+
+
 # ---- what it refuses
 
 
