@@ -310,6 +310,7 @@ def test_the_causal_test(retriever):
     assert result.n == 2
     assert result.without_retrieval_heads == {1: 0.0, 2: 0.0}
     assert result.without_random_heads == {1: [1.0, 1.0], 2: [1.0, 1.0]}
+    assert result.random_median == {1: 1.0, 2: 1.0}
     assert told[-1] == (7, 7)
     assert "retrieval" in str(result)
     assert result.plot().axes

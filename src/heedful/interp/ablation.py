@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -245,12 +247,18 @@ class HeadRemoval:
     without_random_heads: dict[int, list[float]]
     n: int
 
+    @property
+    def random_median(self) -> dict[int, float]:
+        """``{k: median recall of the draws}``, nan without draws. A mean would hide that draws are all or nothing: one
+        head that the retrieval heads build on is enough to end recall."""
+        return {k: median(draws) if draws else math.nan for k, draws in self.without_random_heads.items()}
+
     def __str__(self) -> str:
-        lines = [f"recall on {self.n} prompts: {self.recall:.0%}", "heads removed  retrieval  random (median of draws)"]
+        lines = [f"recall on {self.n} prompts: {self.recall:.0%}", "heads removed  retrieval  random: median (draws)"]
         for k, recall in self.without_retrieval_heads.items():
-            draws = self.without_random_heads.get(k, [])
-            median = f"{_median(draws):.0%} of {[f'{draw:.0%}' for draw in draws]}" if draws else "-"
-            lines.append(f"{k:>13}  {recall:>9.0%}  {median}")
+            draws = ", ".join(f"{draw:.0%}" for draw in self.without_random_heads[k])
+            control = f"{self.random_median[k]:.0%} ({draws})" if draws else "-"
+            lines.append(f"{k:>13}  {recall:>9.0%}  {control}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -270,17 +278,13 @@ class HeadRemoval:
         axes = figure.add_subplot()
         ks = [0, *self.without_retrieval_heads]
         axes.plot(ks, [self.recall, *self.without_retrieval_heads.values()], "o-", label="retrieval heads")
-        draws = [[self.recall], *(self.without_random_heads.get(k, []) for k in ks[1:])]
-        axes.plot(ks, [_median(row) for row in draws], "s--", color="grey", label="random other heads (median)")
-        for k, row in zip(ks[1:], draws[1:], strict=True):
-            axes.plot([k] * len(row), row, ".", color="grey", alpha=0.5)
+        medians = [self.recall, *self.random_median.values()]
+        axes.plot(ks, medians, "s--", color="grey", label="random other heads (median)")
+        for k, draws in self.without_random_heads.items():
+            axes.plot([k] * len(draws), draws, ".", color="grey", alpha=0.5)
         axes.set(xlabel="heads removed", ylabel="needle recall", ylim=(-0.03, 1.03), xticks=ks)
         axes.legend()
         return figure
-
-
-def _median(values: Sequence[float]) -> float:
-    return torch.tensor(list(values), dtype=torch.float64).quantile(0.5).item() if values else float("nan")
 
 
 def recall_without_heads(
