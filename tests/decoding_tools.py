@@ -1,4 +1,4 @@
-"""Drafters for the tests of the decoding engine: from proposing nothing to proposing what will come out, and garbage."""
+"""Drafters for the tests of the decoding engine: from nothing and garbage to what will come out."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class StaticTree(_Oracle):
     """One topology for all rows, given as one tree; the right tokens lie on its last branch."""
 
     parents = (-1, 0, 0, 1, 0, 4, 4, 6, 6, 8)
-    right_path = {4: 0, 6: 1, 8: 2, 9: 3}
+    right_path = ((4, 0), (6, 1), (8, 2), (9, 3))
 
     def propose(self, roots, committed):
         rows = []
@@ -65,7 +65,7 @@ class StaticTree(_Oracle):
             truth = self.future(row, committed[row])
             tokens = [root]
             for node in range(1, len(self.parents)):
-                depth = self.right_path.get(node)
+                depth = dict(self.right_path).get(node)
                 known = depth is not None and depth < len(truth)
                 tokens.append(truth[depth] if known else self.random.randrange(self.vocabulary))
             rows.append(tokens)
@@ -101,7 +101,7 @@ class Recorder(Drafter):
 
     def __init__(self, inner, requires=frozenset()):
         self.inner, self.requires = inner, frozenset(requires)
-        self.begun, self.prompts, self.proposed, self.updates = [], [], [], []
+        self.begun, self.prompts, self.proposed, self.updates, self.keys = [], [], [], [], []
 
     def begin(self, model, batch_size):
         self.begun.append((model, batch_size))
@@ -115,6 +115,8 @@ class Recorder(Drafter):
         return self.inner.propose(roots, committed)
 
     def update(self, trees, outputs, paths, new_roots):
+        if outputs.cache is not None:  # the cache goes on: keep what it holds now
+            self.keys.append(outputs.cache.layers[0].keys.clone())
         self.updates.append((trees, outputs, paths, new_roots))
 
 

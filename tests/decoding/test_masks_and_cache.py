@@ -1,5 +1,5 @@
-"""One forward over a tree gives every node the logits of a dense forward over its own path; a commit leaves the cache of a
-fresh prefill."""
+"""One forward over a tree gives every node the logits of a dense forward over its own path, and a commit leaves the
+cache of a fresh prefill."""
 
 import pytest
 import torch

@@ -89,6 +89,7 @@ def check_call(arguments: Mapping[str, Any]) -> None:
         raise ValueError("synced_gpus is not supported by heedful.generate; use model.generate")
     if arguments.get("custom_generate") is not None:
         raise ValueError("heedful.generate is itself a custom_generate; leave custom_generate out")
+    _check_cache_implementation(arguments.get("cache_implementation"))
     if arguments.get("token_healing"):
         raise ValueError(
             "token_healing is not supported by heedful.generate: heal the prompt first (model.heal_tokens)"
@@ -121,15 +122,17 @@ def check_arguments(config: GenerationConfig, model_kwargs: Mapping[str, Any], f
         raise ValueError(
             "past_key_values: the engine keeps its own full-length cache; pass the whole prompt as input_ids"
         )
-    if config.cache_implementation not in (None, "dynamic", "static"):
-        raise ValueError(
-            f"cache_implementation={config.cache_implementation!r} is not supported; use None, 'dynamic' or 'static'"
-        )
+    _check_cache_implementation(config.cache_implementation)
     for output in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(config, output, False):
             raise ValueError(f"{output}=True is not supported: a step verifies many tokens at once; use model.generate")
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds is not supported: drafts are made of token ids; pass input_ids")
+
+
+def _check_cache_implementation(name: str | None) -> None:
+    if name not in (None, "dynamic", "static"):
+        raise ValueError(f"cache_implementation={name!r} is not supported; use None, 'dynamic' or 'static'")
 
 
 def check_batch(

@@ -130,6 +130,8 @@ class TokenRecycling(Drafter):
             )
         while len(self.matrices) < (1 if self.share_rows else batch_size):
             self.matrices.append(AdjacencyMatrix(vocabulary, self.num_candidates))
+        for matrix in self.matrices:
+            matrix.set_rates()
         self._recent = np.full(batch_size, 2.0)
         self._costs = None
         if self.max_nodes == "auto" and len(self.template):
@@ -312,11 +314,10 @@ class AdjacencyMatrix:
         self.tokens = np.full((vocabulary, num_candidates), _UNSEEN, dtype=np.int32)
         self.codes = np.full((vocabulary, num_candidates), kinds - 1, dtype=np.uint8 if kinds <= 256 else np.uint16)
         self.hits, self.seen = np.zeros((len(_PACES) + 1, kinds)), np.zeros((len(_PACES) + 1, kinds))
-        self._steps = 0
         self._ranks = np.arange(num_candidates) * _BUCKETS
         # Before anything is measured, a candidate comes true as often as its probability says.
         self._prior = np.tile((np.arange(_BUCKETS) + 0.5) / _BUCKETS, _FATES * num_candidates)
-        self._set_rates()
+        self.set_rates()
 
     @property
     def flat_tokens(self) -> np.ndarray:
@@ -354,12 +355,13 @@ class AdjacencyMatrix:
         true = (self.tokens[tokens] == followers[:, None]).reshape(-1)
         np.add.at(self.seen[pace], codes, 1.0)
         np.add.at(self.hits[pace], codes, true)
-        self._steps += 1
-        if self._steps % 8 == 0:  # rates move slowly
-            self._set_rates()
+        self._news += 1
+        if self._news == 8:  # rates move slowly
+            self.set_rates()
 
-    def _set_rates(self) -> None:
-        """Each pace's rates lean on those over all paces, and these on the probabilities, as long as little is measured."""
+    def set_rates(self) -> None:
+        """Works out the rates from what was counted. Each pace's rates lean on those over all paces, and these on the probabilities, as long as little is measured."""
+        self._news = 0
         overall = (self.hits.sum(0)[:-1] + _PRIOR * self._prior) / (self.seen.sum(0)[:-1] + _PRIOR)
         self.rates = np.zeros_like(self.seen)
         self.rates[:, :-1] = np.maximum((self.hits[:, :-1] + _PRIOR * overall) / (self.seen[:, :-1] + _PRIOR), 1e-9)
@@ -370,7 +372,7 @@ class AdjacencyMatrix:
     def restore(self, state: dict[str, Any]) -> None:
         self.tokens, self.codes = state["tokens"].copy(), state["codes"].copy()
         self.hits, self.seen = state["hits"].copy(), state["seen"].copy()
-        self._set_rates()
+        self.set_rates()
 
 
 def _tokens_with_logits(model: PreTrainedModel) -> int:
