@@ -1,5 +1,4 @@
-"""Column statistics of an attention matrix that is never built: how much attention each key receives, per sample and
-head.
+"""Column statistics of an attention matrix that is never built: the attention each key receives, per sample and head.
 
 A column mean needs every row's softmax, but one row at a time: blocks of query rows are softmaxed over all their keys
 and added up, so the memory is that of one block. Everything is counted through the visibility of each row, never
@@ -90,12 +89,12 @@ class HeadPairs:
 
     def sees(self, block: slice) -> Tensor:
         """Keys that the rows of the block see, for all samples: boolean ``(B or 1, Hq or 1, r, Tk)``."""
-        return self.call.visibility.of(None, self._index(block))
+        index = self._index(block)
+        same = self.rows is None and self.call.visibility.mask is None  # for all samples: one row of indices will do
+        return self.call.visibility.of(None, index[:1] if same else index)
 
     def width(self, block: slice) -> int:
-        """Key slots from here on are hidden from every row of the block: the upper half of a causal matrix is not
-        computed.
-        """
+        """No row of the block sees a key slot from here on: the upper half of a causal matrix is not computed."""
         mask = self.call.visibility
         if self.rows is None and mask.mask is None and mask.causal and not mask.flash and mask.queries > 1:
             return min(block.stop, mask.keys)
@@ -175,10 +174,9 @@ class ColumnStatistics:
 
 @torch.no_grad()
 def column_statistics(pairs: HeadPairs, block_bytes: int = BLOCK_BYTES) -> ColumnStatistics:
-    """Column sums of the attention matrix, ``(N, Tk)``, block by block; memory O(N (T D + block)). Padding rows do not
-    count.
+    """Column statistics of the attention matrix, ``(N, Tk)``, block by block, of all rows that are not padding.
 
-    A sink is a decision and not a quantity to differentiate, so nothing here has a gradient.
+    Memory O(N (T D + block)). A sink is a decision and not a quantity to differentiate, so nothing here has a gradient.
     """
     valid = pairs.call.real_rows()[:, None, :, None]
     sums = pairs.key.new_zeros(pairs.key.shape[:2])
@@ -263,9 +261,7 @@ class RunningColumns:
         return (0, tokens) if keys >= tokens else (tokens - keys, keys)
 
     def at_slots(self, x: Tensor, call: AttentionCall) -> Tensor:
-        """Booleans of the tokens ``(B, heads, T)``, at the key slots of the call ``(B, heads, Tk)``; False for the
-        others.
-        """
+        """Booleans of tokens ``(B, heads, T)`` at the key slots of the call ``(B, heads, Tk)``; False for the others."""
         start, width = self.slots(call)
         mine = x[..., start : start + width]
         return pad(mine, (0, call.key.shape[2] - mine.shape[-1]))

@@ -113,8 +113,7 @@ def _attend(logits: Tensor, visible: Tensor, value: Tensor) -> tuple[Tensor, Ten
 
 
 class AttentionCalibration(Edit):
-    """Calibrates attention: tokens late in the text that draw attention in excess, without being the first, give it
-    back.
+    """Moves attention away from late sinks: tokens after the first that draw more of it than they have to say.
 
     A key is a sink of a head when the mean attention it gets, over the rows that see it, is above ``alpha / T`` (or
     above ``threshold``). In every row the sinks then keep the share ``beta`` of their mass, and the other keys, the
@@ -147,11 +146,11 @@ class AttentionCalibration(Edit):
         form: "grouped" computes no weights. "weights" edits the weights themselves, at their memory, and so composes
             with other edits of logits and probabilities; it reads all rows, and gives the same outputs.
 
-    A cached step keeps what earlier layers have computed for earlier rows with the sinks of their time; an uncached
-    pass would edit those rows with the sinks of today. Over several calibrated layers the two therefore agree in each
-    attention call and not in the logits, except with ``sinks="prefill"``. In sliding-window layers a key is judged by
-    the rows whose window holds it. Beam search is followed through the cache's keys; a cropped cache (assisted
-    generation) is refused. `heedful.generate` works with both kinds of sinks.
+    With a cache, earlier rows were edited with the sinks of their time; one uncached pass would edit them with the
+    sinks of today. So a cached step equals the last row of an uncached pass in each attention call, and in the logits
+    when one layer is calibrated. In sliding-window layers a key is judged by the rows whose window holds it. Beam
+    search is followed through the cache's keys; a cropped cache (assisted generation) is refused. `heedful.generate`
+    with a drafter gives the tokens of `model.generate` with either kind of sinks.
 
     Raises:
         ValueError: Bad arguments; a layer whose attention is no plain softmax (learned sink logits, dropout in
@@ -159,13 +158,12 @@ class AttentionCalibration(Edit):
         RuntimeError: The cache was cropped, or filled while the part was not attached.
 
     Cost:
-        Prefill: about two more passes over the attention of the chosen heads, and only one for heads without a sink;
-            memory
-        O(T D) and a block of 32 MiB, never T x T. Decode: O(T D) a step and head.
+        Prefill: two more passes over the attention of the chosen heads, one for those without a sink; memory O(T D) a
+        head and a block of 32 MiB, never T x T. Decode: O(T D) a step and head.
 
     When not to use:
-        On all heads, or on heads found for another model, task or chat template: most heads do not gain. With models
-            whose
+        On all heads, or on heads found for another model, task or chat template: most heads do not gain. On long texts
+        with ``alpha / T``, which then calls much of every local head a sink: give ``threshold``. With models whose
         softmax has a learned sink (gpt-oss), which have no such excess to move.
 
     Paper:
@@ -217,9 +215,7 @@ class AttentionCalibration(Edit):
 
     @property
     def mass_moved(self) -> dict[tuple[int, int], float]:
-        """By (layer, head): the share of a row's attention that left the sinks, mean over all rows edited since
-        `reset`.
-        """
+        """By (layer, head): the share of attention that left the sinks, mean over all rows edited since `reset`."""
         return {
             (layer, head): float(moved) / int(rows)
             for layer, (moved_by_head, rows_by_head) in sorted(self._figures.items())
@@ -295,9 +291,7 @@ class AttentionCalibration(Edit):
         return columns.late_sinks(self.alpha, self.threshold, self.exempt_first)
 
     def _find_sinks(self, call: AttentionCall, pairs: HeadPairs, weights: Tensor | None) -> Tensor:
-        """Sinks of each pair at the key slots of the call: ``(N, Tk)``, or ``(N, Tq, Tk)`` where each row has its
-        own.
-        """
+        """Sinks of each pair by key slot: ``(N, Tk)``, or ``(N, Tq, Tk)`` where each row has its own."""
         if self.only_in_sample is not None:
             return self._late(column_statistics(pairs))
         running = self._running(call)
@@ -320,8 +314,8 @@ class AttentionCalibration(Edit):
         if running is None:
             if call.phase == "decode":
                 raise RuntimeError(
-                    f"layer {call.layer}: AttentionCalibration meets a cache that was filled without it; attach it "
-                    "before the prompt is run."
+                    f"layer {call.layer}: AttentionCalibration meets a cache that was filled without it. Attach it "
+                    "before the prompt is run (and generate with disable_compile=True on a static cache)."
                 )
             running = call.memory["columns"] = RunningColumns(call, past)
             return running
@@ -387,9 +381,7 @@ class AttentionCalibration(Edit):
             )
 
     def _check_others(self, call: AttentionCall) -> None:
-        """The grouped form writes outputs anew, so whoever has changed the same heads' weights or outputs would be
-        undone.
-        """
+        """The grouped form writes outputs anew: refuses edits of the same heads that it would undo."""
         site = site_of(call.module)
         before = True
         for other in [] if site is None else site.selected():
@@ -428,7 +420,7 @@ class AttentionCalibration(Edit):
         if call.rows is not None:
             valid = valid.gather(1, call.rows.clamp(min=0)) & (call.rows >= 0)
         if call.layer not in self._figures:
-            zeros = torch.zeros(call.query.shape[1], dtype=torch.float64, device=freed.device)
+            zeros = torch.zeros(call.query.shape[1], device=freed.device)
             self._figures[call.layer] = zeros, zeros.long()
         moved, rows = self._figures[call.layer]
         moved.index_add_(0, heads[place], (freed * valid[sample]).sum(1).to(moved.dtype))
@@ -438,9 +430,7 @@ class AttentionCalibration(Edit):
 def _rows_of(
     call: AttentionCall, pairs: HeadPairs, weights: Tensor | None, rows: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Weights and visible keys of a few rows ``(B, R)`` (None: all), ``(N, R, Tk)``; of the given weights, if there
-    are any.
-    """
+    """Weights and visible keys ``(N, R, Tk)`` of the rows ``(B, R)`` (None: all), taken from ``weights`` if given."""
     if weights is None:
         pairs = HeadPairs(call, pairs.sample, pairs.head, rows)
         return pairs.probabilities(slice(0, pairs.query.shape[1]))
@@ -472,7 +462,7 @@ def _heads(heads: Any, layers: Sequence[int] | None) -> Any:
         heads = [tuple(pair) for pair in heads.nonzero().tolist()]
     else:
         heads = list(heads)
-        if heads and not any(isinstance(head, Sequence) for head in heads):
+        if heads and not any(hasattr(head, "__len__") for head in heads):
             return [int(head) for head in heads]
     try:
         pairs = sorted({(int(layer), int(head)) for layer, head in heads})
