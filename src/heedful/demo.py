@@ -65,6 +65,13 @@ class Demo:
     loss: tuple[float, float] = (0.0, 0.0)
     seconds: float = 0.0
 
+    def late_mass(self) -> Tensor:
+        """``(L, H)``: the share of a row's attention that rests on late sinks, mean over the rows."""
+        assert self.sinks is not None
+        length = self.sinks.means.shape[-1]
+        seen_by = torch.arange(length, 0, -1) / length  # token j is seen by the rows from j on
+        return (self.sinks.means.masked_fill(~self.sinks.late, 0.0) * seen_by).sum(-1)
+
     def to_json(self) -> dict[str, Any]:
         """The figures as plain JSON values."""
         assert self.scores is not None

@@ -155,7 +155,7 @@ def render(demo: Demo) -> str:
     assert demo.sinks is not None
     figures = demo.to_json()
     scores = demo.scores.scores.tolist()
-    late = demo.sinks.means.masked_fill(~demo.sinks.late, 0.0).sum(-1).tolist()
+    late = demo.late_mass().tolist()
     layers, heads = len(scores), len(scores[0])
     moved = [[demo.mass_moved.get((layer, head), 0.0) for head in range(heads)] for layer in range(layers)]
     shown = _around(demo.tokens, [weight for view in demo.views[:1] for weight in view.weights])
@@ -188,7 +188,7 @@ def render(demo: Demo) -> str:
         skipped=shown.start,
         hip=grid(demo.hip_picture, title="Keys that HiP reads", rows="queries (time runs down)", columns="keys"),
         first=heat_map(demo.sinks.first_token.tolist(), title="Mean attention to the first token", cell=40),
-        late=heat_map(late, title="Mean attention on late sinks", highest=max(map(max, late)) or 1.0, cell=40),
+        late=heat_map(late, title="Share of attention on late sinks", cell=40),
         moved=heat_map(
             moved, title="Attention mass moved by ACT", highest=max(map(max, moved)) or 1.0, digits=3, cell=46
         ),

@@ -40,7 +40,7 @@ def build_model(
         vocab_size=vocabulary_size, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads, max_position_embeddings=context,
         rope_parameters={"rope_type": "default", "rope_theta": 50_000.0}, tie_word_embeddings=True, rms_norm_eps=1e-5,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2, use_cache=False,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     residual = (2 * layers) ** -0.5
@@ -177,7 +177,7 @@ def pretrain(
                     log.write(json.dumps(entry) + "\n")
                     log.flush()
                     if progress:
-                        print(
+                        print(  # noqa: T201
                             f"step {finished}/{steps}  row {length}  loss {value:.4f}  rate {factor:.3f}  {speed / 1e3:.0f}k tokens/s",
                             flush=True,
                         )
@@ -203,7 +203,6 @@ def save_folder(model: LlamaForCausalLM, corpus: Corpus, out: Path) -> None:
     )  # fmt: skip
     half = copy.deepcopy(model)
     half.to(torch.bfloat16)  # type: ignore[arg-type]
-    half.config.use_cache = True
     half.save_pretrained(out, max_shard_size="12MB")
     tokenizer.save_pretrained(out)
 
