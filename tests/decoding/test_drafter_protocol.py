@@ -10,7 +10,7 @@ from transformers import TextStreamer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 import heedful
-from heedful.decoding import DraftTree, PromptLookup, custom_generate
+from heedful.decoding import DraftTree, custom_generate
 
 GREEDY = {"max_new_tokens": 18, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 EVERYTHING = {"logits", "hidden_states", "prompt_logits", "prompt_hidden_states", "cache"}

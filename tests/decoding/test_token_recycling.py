@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from tiny_models import build, inputs
 
 import heedful
-from heedful.decoding import DraftTree, TokenRecycling
-from heedful.decoding import sizing
+from heedful.decoding import DraftTree, TokenRecycling, sizing
 from heedful.decoding.drafter import DraftingOutputs
 from heedful.decoding.token_recycling import PAPER_TEMPLATE, AdjacencyMatrix
 

@@ -6,6 +6,8 @@ again. The engine therefore keeps every key and puts windows and chunks into its
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -73,14 +75,14 @@ class TreeCache(Cache):
 
     def __init__(self, model: PreTrainedModel, max_cache_len: int | None = None) -> None:
         own = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-        super().__init__(layers=[_full_length(layer, max_cache_len) for layer in own])
+        super().__init__(layers=[_full_length(cast(CacheLayerMixin, layer), max_cache_len) for layer in own])
         self.max_cache_len = max_cache_len
 
     def commit(self, sources: Tensor | None, targets: Tensor | None, length: int) -> None:
         """Copies rows ``sources`` to rows ``targets`` (both ``(B, m)``, or None: nothing moves) and keeps ``length`` rows."""
         moved: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        for layer in self.layers:
-            if layer.keys is None:  # shares another layer's keys
+        for layer in cast(list[CacheLayerMixin], self.layers):
+            if layer.keys is None or layer.values is None:  # shares another layer's keys
                 continue
             if sources is not None and targets is not None:
                 device = layer.keys.device
@@ -91,7 +93,7 @@ class TreeCache(Cache):
             if isinstance(layer, AmortizedLayer):
                 layer.resize(length)
             else:
-                layer.cumulative_length.fill_(length)
+                cast(StaticLayer, layer).cumulative_length.fill_(length)
 
 
 def _full_length(layer: CacheLayerMixin, max_cache_len: int | None) -> CacheLayerMixin:

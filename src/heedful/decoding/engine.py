@@ -202,7 +202,7 @@ class Engine:
         for start in range(0, self.prompt_length, size):
             end = min(start + size, self.prompt_length)
             chunk = cast(LongTensor, self.input_ids[:, start:end])
-            yield self.model.prepare_inputs_for_generation(
+            yield cast(Any, self.model).prepare_inputs_for_generation(
                 chunk,
                 is_first_iteration=True,
                 attention_mask=None if mask is None else mask[:, :end],
@@ -391,9 +391,9 @@ class Engine:
         return cast(LongTensor, torch.tensor([tokens[-1] for tokens in self.tokens]))
 
     def _count(self, tree: VerifiedTree, path: list[int]) -> None:
-        for depth in range(len(self.offered), tree.shape.depth):
-            self.offered.append(0)
-            self.reached.append(0)
+        missing = max(0, tree.shape.depth - len(self.offered))
+        self.offered += [0] * missing
+        self.reached += [0] * missing
         for depth in range(tree.shape.depth):
             self.offered[depth] += 1
             self.reached[depth] += depth < len(path) - 1

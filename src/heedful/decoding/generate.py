@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import LongTensor
 from transformers import (
@@ -81,7 +81,7 @@ def generate(
             "past_key_values: the engine keeps its own full-length cache; pass the whole prompt as input_ids"
         )
     _stop_strings_to_criterion(model, kwargs)
-    output = model.generate(input_ids, custom_generate=run, **kwargs)
+    output = cast(Any, model).generate(input_ids, custom_generate=run, **kwargs)
     assert run.stats is not None
     return Generation(output if not isinstance(output, GenerateDecoderOnlyOutput) else output.sequences, run.stats)  # type: ignore[arg-type]
 

@@ -64,7 +64,7 @@ def _time(model: PreTrainedModel, device: torch.device) -> np.ndarray:
     context = max(1, min(_CONTEXT, longest - ROWS[-1]))
     # The class's own forward: hooks and wrappers on the instance are not meant for timing, except those that place weights.
     forward = model if hasattr(model, "_hf_hook") else lambda **inputs: type(model).forward(model, **inputs)
-    times = []
+    times: list[float] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=model.training):
         cache = TreeCache(model)
         masks = MaskBuilder(config, None, model.dtype, device, None)

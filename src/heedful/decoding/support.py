@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from heedful.decoding.cache import SUPPORTED_LAYERS
 
@@ -157,9 +157,9 @@ def check_batch(
 
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Tokens below this have an embedding: what drafts may hold."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    return int(cast(Tensor, model.get_input_embeddings().weight).shape[0])
 
 
 def model_device(model: PreTrainedModel) -> torch.device:
     """The device of the input embeddings, where token ids go."""
-    return model.get_input_embeddings().weight.device
+    return cast(Tensor, model.get_input_embeddings().weight).device

@@ -117,6 +117,9 @@ class TokenRecycling(Drafter):
             paths = [tuple(path) for path in tree_template]
         self.template = TreeTemplate(paths, num_candidates)
         self.requires = frozenset({"logits", "prompt_logits"} if update_from_prompt else {"logits"})
+        self.matrices: list[AdjacencyMatrix] = []
+        self._costs: np.ndarray | None = None
+        self._pace: np.ndarray
         self.clear()
 
     # Drafter ----------------------------------------------------------------------------------------------------------
@@ -180,8 +183,8 @@ class TokenRecycling(Drafter):
 
     def clear(self) -> None:
         """Forgets the matrix and the measured acceptance rates."""
-        self.matrices: list[AdjacencyMatrix] = []
-        self._costs: np.ndarray | None = None
+        self.matrices = []
+        self._costs = None
         self._pace = np.zeros(2)  # decayed tokens and seconds: what a larger tree has to beat
         self._recent = np.zeros(0)  # tokens per step of each row lately
 

@@ -1,0 +1,140 @@
+"""Decoding speed of heedful (plain loop, prompt lookup, Token Recycling) against transformers (generate, prompt lookup) on
+the bundled model: 60 Spec-Bench questions and 60 continuations of held-out books, in one run, same dtype, outputs compared.
+
+    python benchmarks/decode.py [--device cuda] [--data ../shared/data] [--time-limit 170] [--books 60] [--per-category 10]
+
+Prints a markdown table and writes ``benchmarks/results/decode-<device>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import lzma
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from heedful import zoo
+from heedful.decoding import Drafter, PromptLookup, TokenRecycling
+from heedful.decoding.bench import BASELINE, PLAIN, DecodeBenchmark, Question, bench_decode, interleaved, read_questions
+
+HERE = Path(__file__).parent
+PROMPT_CHARACTERS = 1200  # of a book: about 300 tokens
+
+
+def book_continuations(path: Path, number: int) -> list[Question]:
+    """Passages at evenly spaced places of the held-out books, from one book after another."""
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    rounds = -(-number // len(texts))
+    places = [(text, (i + 1) * len(text) // (rounds + 1)) for i in range(rounds) for text in texts]
+    return [Question("books", text[at : at + PROMPT_CHARACTERS].strip()) for text, at in places[:number]]
+
+
+def questions(data: Path, per_category: int, books: int) -> list[Question]:
+    spec_bench, classics = data / "spec_bench" / "question.jsonl", data / "classics" / "validation.jsonl.xz"
+    for file in (spec_bench, classics):
+        if not file.exists():
+            sys.exit(
+                f"{file} is missing: this benchmark reads Spec-Bench and held-out books from the shared data folder; pass --data"
+            )
+    groups: list[list[Question]] = []
+    if per_category:
+        asked = read_questions(spec_bench, per_category)
+        groups += [[q for q in asked if q.category == c] for c in dict.fromkeys(q.category for q in asked)]
+    if books:  # as many passages as there are questions in all: spread them over the run
+        passages = book_continuations(classics, books)
+        groups += [passages[i :: max(1, len(groups))] for i in range(max(1, len(groups)))]
+    if not groups:
+        sys.exit("nothing to do: both --per-category and --books are 0")
+    return interleaved(groups)
+
+
+def summary(result: DecodeBenchmark) -> str:
+    ours = result.speedup("heedful, token-recycling")
+    lines = [
+        f"Token Recycling: {ours:.2f}x transformers' generate (wanted: at least 1.5x on a CPU), "
+        f"{result.speedup('heedful, token-recycling', 'transformers prompt lookup'):.2f}x its prompt lookup (wanted: never below 1), "
+        f"{result.speedup('heedful, token-recycling', PLAIN):.2f}x heedful's plain loop.",
+    ]
+    for name in result.answers:
+        forks = [answer for answer in result.answers[name] if not answer.identical]
+        if forks:
+            lines.append(
+                f"{name}: {len(forks)} outputs differ from {BASELINE}; the tokens' logits lie at most "
+                f"{max(answer.fork_gap or 0.0 for answer in forks):.2g} apart where they part."
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data", type=Path, default=HERE.parent / ".." / "shared" / "data", help="the shared data folder"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU, else bfloat16"
+    )
+    parser.add_argument("--per-category", type=int, default=10, help="Spec-Bench questions of each of the 6 categories")
+    parser.add_argument("--books", type=int, default=60, help="continuations of held-out books")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--time-limit", type=float, help="seconds after which no further question is begun")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/decode-<device>.json")
+    arguments = parser.parse_args()
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no CUDA device")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    transformers.logging.set_verbosity_error()
+
+    asked = questions(arguments.data, arguments.per_category, arguments.books)
+    dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
+    model, tokenizer = zoo.load("classics-20m", dtype=getattr(torch, dtype), device=arguments.device)
+    drafters: dict[str, Drafter] = {
+        "prompt-lookup": PromptLookup(),
+        "token-recycling": TokenRecycling(),
+        "token-recycling, cold": TokenRecycling(),
+    }
+    result = bench_decode(
+        model,
+        tokenizer,
+        asked,
+        drafters,
+        max_new_tokens=arguments.max_new_tokens,
+        cold=["token-recycling, cold"],
+        time_limit=arguments.time_limit,
+        progress=lambda done, total: print(f"\r{done}/{total} questions", end="", file=sys.stderr, flush=True),
+    )
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    figures = result.to_json()
+    figures["setting"] |= {
+        "model": "classics-20m",
+        "date": datetime.date.today().isoformat(),
+        "commit": git.stdout.strip() or "unknown",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    print(file=sys.stderr)
+    print(f"{figures['setting']['device']}, {dtype}, {figures['setting']['questions']} questions\n")
+    print(result.table())
+    print()
+    print(summary(result))
+    out = arguments.out or HERE / "results" / f"decode-{arguments.device.split(':')[0]}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"\nwritten to {out}")
+
+
+if __name__ == "__main__":
+    main()
