@@ -90,13 +90,13 @@ def main() -> None:
         "<!-- Written by docs/families.py from tests/tiny_models.py: run it, do not edit. -->",
         "",
         f"What `heedful.attach` does on tiny random models, found by running it with transformers "
-        f"{transformers.__version__} and torch {torch.__version__.split('+')[0]} on a CPU in float32. "
-        "On every family that holds: attached without parts, or with probes only, the logits are bit-identical; after "
-        "detaching, the model is exactly as before. *Identity* is the largest change of the outputs under an edit that "
-        "changes nothing, at any stage; *probe* the largest difference of the weights from the family's own eager "
-        "attention. Text models also generate the same tokens with dynamic and static caches, chunked prefill and beams, "
-        "as far as the plain model can. Any other model whose attention goes through transformers' `AttentionInterface` "
-        "can be attached to as well; models without it (GPT-J, MPT, DeBERTa, Longformer) are refused.",
+        f"{transformers.__version__} and torch {torch.__version__.split('+')[0]} on a CPU in float32. On every family "
+        "that holds: attached without parts, or with probes only, the logits are bit-identical; after detaching, the "
+        "model is exactly as before. *Identity* is the largest change of the outputs under an edit that changes nothing, "
+        "at any stage; *probe* the largest difference of the weights from the family's own eager attention. Text models "
+        "also generate the same tokens with dynamic and static caches, chunked prefill and beams, as far as the plain "
+        "model can. Any other model whose attention goes through transformers' `AttentionInterface` can be attached to "
+        "as well; models without it (GPT-J, MPT, DeBERTa, Longformer) are refused.",
         "",
         "| family | model class | attach | identity | probe | what to know |",
         "|---|---|---|---|---|---|",

@@ -21,7 +21,7 @@ from heedful.seam.discovery import (
     uninstall,
 )
 from heedful.seam.parts import Edit, Kernel, Part, Probe
-from heedful.seam.selection import Selected
+from heedful.seam.selection import Selected, Tally
 from heedful.seam.site import Site
 
 _lock = threading.RLock()
@@ -122,25 +122,13 @@ class Attachment:
             (`Part.summary`) stands beside. A part that never acted has calls 0; one that the selectors leave no
             layer has layer None. Compiled graphs are not counted.
         """
-        lines: list[dict[str, Any]] = []
-        for part in self._idle:
-            lines.append({"part": type(part).__name__, "layer": None, "calls": 0, "rows": 0, "heads": []})
+        lines: list[dict[str, Any]] = [
+            {"part": type(part).__name__, "layer": None, **Tally().report()} for part in self._idle
+        ]
         for found, selected in self._selected:
             for s in selected:
-                tally = s.tally
-                line: dict[str, Any] = {
-                    "part": s.name,
-                    "layer": found.layer,
-                    "calls": tally.calls,
-                    "rows": int(tally.rows),
-                    "heads": sorted(tally.heads),
-                }
-                if found.cross:
-                    line["cross"] = True
-                if tally.mass:
-                    rows = max(int(tally.mass_rows), 1)
-                    line["mass_moved"] = {h: float(m) / rows for h, m in sorted(tally.mass.items())}
-                lines.append({**line, **s.part.summary(found.layer)})
+                where = {"layer": found.layer, **({"cross": True} if found.cross else {})}
+                lines.append({"part": s.name, **where, **s.tally.report(), **s.part.summary(found.layer)})
         return lines
 
     # ---- set-up

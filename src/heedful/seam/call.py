@@ -111,6 +111,11 @@ class AttentionCall:
             return self.original_mask
         return self.visibility.whole
 
+    @property
+    def sees_all(self) -> bool:
+        """Whether it is known, without looking, that the rows of this part see every key."""
+        return self.rows is None and self.visibility.hides_nothing
+
     def visible(self) -> Tensor:
         """Keys that the rows of this part see: (B or 1, heads or 1, R, Tk), boolean; nothing where `rows` is -1."""
         return self.visibility.of(self.heads, self.rows)
@@ -154,7 +159,8 @@ class AttentionCall:
         bias = self.visibility.bias(self.heads, self.rows)
         if bias is not None:
             scores = scores + bias
-        return scores.float().masked_fill_(~self.visible(), -torch.inf)
+        scores = scores.float()
+        return scores if self.sees_all else scores.masked_fill_(~self.visible(), -torch.inf)
 
     def softmax(self, logits: Tensor) -> Tensor:
         """Softmax of logits (B, heads, R, Tk) whose hidden keys are -inf; with the sinks' share; 0 for blind rows."""
@@ -162,6 +168,8 @@ class AttentionCall:
         if self.sinks is not None:  # exp(l) / (sum exp(l) + exp(s)) = softmax(l) * sigmoid(lse(l) - s)
             sinks = self.sinks.float()[list(self.head_list)]
             weights = weights * torch.sigmoid(torch.logsumexp(logits, -1) - sinks[:, None])[..., None]
+        if self.sees_all:
+            return weights
         hidden = logits == -torch.inf
         return weights.masked_fill(hidden, 0.0) if weights.requires_grad else weights.masked_fill_(hidden, 0.0)
 
@@ -201,6 +209,12 @@ class AttentionCall:
         return output.transpose(1, 2), weights
 
     def _scores(self, query: Tensor) -> Tensor:
+        """Products (B, heads, R, Tk) of asked queries and keys, fp32, without a copy of all keys."""
+        every = self.head_list == tuple(range(self.query.shape[1]))
+        if every and self.key.dtype == torch.float32 and self.key.is_contiguous():
+            batch, key_heads, keys, width = self.key.shape
+            grouped = query.reshape(batch, key_heads, -1, width).float()
+            return (grouped @ self.key.mT).view(batch, query.shape[1], query.shape[2], keys)
         return self._per_key_head(query, lambda q, head: torch.bmm(q.float(), self.key[:, head].float().mT))
 
     def _per_key_head(self, x: Tensor, product: Callable[[Tensor, int], Tensor]) -> Tensor:

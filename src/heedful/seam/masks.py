@@ -29,9 +29,17 @@ def take(x: Tensor, heads: Sequence[int] | None = None, rows: Tensor | None = No
     return x
 
 
-def put(x: Tensor, new: Tensor, heads: Sequence[int] | None, rows: Tensor | None, valid: Tensor) -> Tensor:
-    """A copy of `x` (B, H, T, D) with `new` (B, h, R, D) at the given heads and rows, where `valid` (B, h, R) holds."""
+def put(x: Tensor, new: Tensor, heads: Sequence[int] | None, rows: Tensor | None, valid: Tensor | None) -> Tensor:
+    """A copy of `x` (B, H, T, D) with `new` (B, h, R, D) at the given heads and rows.
+
+    `valid` (B or 1, h or 1, R) says where; None for everywhere but at rows -1.
+    """
     new = new.to(x.dtype)
+    if valid is None and rows is None and heads is None:
+        return new
+    if valid is None:
+        valid = torch.ones(1, 1, 1, dtype=torch.bool, device=x.device)
+    valid = valid.expand(new.shape[:3])
     if heads is None and rows is None:
         return torch.where(valid[..., None], new, x)
     chosen = x if heads is None else x[:, list(heads)]
@@ -72,6 +80,11 @@ class Visibility:
     window: int | None
     slot: int | Tensor | None
     device: torch.device
+
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every row sees every key (as in decoding without padding)."""
+        return self.mask is None and (not self.causal or self.queries == 1) and self.window is None
 
     def _is_tensor(self, dimensions: int) -> bool:
         return isinstance(self.mask, Tensor) and self.mask.dim() == dimensions

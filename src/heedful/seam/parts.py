@@ -32,7 +32,9 @@ class Part:
             sequence (tokens past its end are not chosen). Default None: all rows.
         steps: Calls to act on. Decode step k is the k-th decode call after the prompt (from 0): it reads generated
             token k and predicts token k + 1; the prefill predicts token 0. A collection of ints or a `range`: those
-            decode steps; "prefill" or "decode": those calls. Default None: every call.
+            decode steps; "prefill" or "decode": those calls. Default None: every call. A decode call has one query row
+            and a cache that held tokens, so without a cache every call is a prefill, and so is the verification of
+            transformers' own assisted generation (`heedful.generate` knows its own to be decoding).
         cross: Act on cross-attention too (`call.cross` tells). Default False: self-attention only.
 
     Attributes:

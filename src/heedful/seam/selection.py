@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,25 +42,43 @@ class Tally:
     """What one part did on one layer; tensors stay on their device until `Attachment.report` reads them."""
 
     calls: int = 0
-    rows: int | Tensor = 0
-    heads: set[int] = field(default_factory=set)
-    mass: dict[int, Tensor] = field(default_factory=dict)  # query head -> sum over rows of the mass that moved
-    mass_rows: int | Tensor = 0
+    rows: int | Tensor = 0  # query rows that saw a key, over all calls and samples
+    heads: tuple[int, ...] = ()
+    moved: Tensor | None = None  # attention that an edit moved, per head: sum over rows of half the absolute difference
+    moved_rows: int | Tensor = 0
 
     def count(self, call: AttentionCall) -> None:
+        """Counts a call and its rows."""
         if torch.compiler.is_compiling():
             return
         self.calls += 1
-        self.heads.update(call.head_list)
-        with torch.no_grad():
-            self.rows = self.rows + call.sees_any().expand(call.query.shape[0], -1, -1).any(1).sum()
+        self.heads = call.head_list
+        batch, _, queries, _ = call.query.shape
+        if call.rows is None and call.original_mask is None:
+            self.rows = self.rows + batch * queries
+        else:
+            with torch.no_grad():
+                self.rows = self.rows + call.sees_any().expand(batch, -1, -1).any(1).sum()
 
-    def count_mass(self, heads: tuple[int, ...], moved: Tensor, sees: Tensor) -> None:
-        """Adds half the absolute difference of two weightings, (B, h, R), in the rows that see any key."""
-        moved = moved * sees
-        for head, mass in zip(heads, moved.sum((0, 2)), strict=True):
-            self.mass[head] = self.mass.get(head, 0) + mass
-        self.mass_rows = self.mass_rows + sees.expand(moved.shape)[:, 0].sum()
+    def count_moved(self, before: Tensor, after: Tensor, visible: Tensor | None) -> None:
+        """Adds the difference of two weightings (B, h, R, Tk), in the rows that see any key."""
+        moved = (after - before).abs_().sum(-1) / 2
+        if visible is None:
+            self.moved_rows = self.moved_rows + moved[:, 0].numel()
+        else:
+            sees = visible.any(-1).expand(moved.shape)
+            moved = moved * sees
+            self.moved_rows = self.moved_rows + sees[:, 0].sum()
+        moved = moved.sum((0, 2))
+        self.moved = moved if self.moved is None else self.moved + moved
+
+    def report(self) -> dict[str, Any]:
+        """The counts as plain numbers."""
+        counts: dict[str, Any] = {"calls": self.calls, "rows": int(self.rows), "heads": sorted(self.heads)}
+        if self.moved is not None:
+            shares = (self.moved / max(int(self.moved_rows), 1)).tolist()
+            counts["mass_moved"] = dict(sorted(zip(self.heads, shares, strict=True)))
+        return counts
 
 
 @dataclass(eq=False)
@@ -110,6 +128,8 @@ class Selected:
     def find_rows(self, call: AttentionCall, known: dict[str, Rows]) -> Rows:
         """The query rows to hand over. `known` keeps those of this call's other parts, by key."""
         key = self.row_key if call.verification is None else self.tree_key
+        if key == "last" and call.query.shape[2] == 1 and call.original_mask is None:
+            key = "all"  # the only row, and no padding
         if key == "all":
             return ALL
         if key not in known:

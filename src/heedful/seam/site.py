@@ -248,11 +248,11 @@ class Site:
             return
         if not isinstance(result, tuple) or len(result) != 2:
             raise PartError(f"layer {self.layer}: {s.name}.queries_keys must return the pair (query, key).")
-        sees = own.sees_any()
-        _check(s, "queries_keys", result[0], query, sees[..., None])
+        sees = None if own.sees_all else own.sees_any()
+        _check(s, "queries_keys", result[0], query, None if sees is None else sees[..., None])
         if result[1] is not key:
             _check(s, "queries_keys", result[1], key, None)
-        call.query = put(call.query, result[0], s.heads, own.rows, sees.expand(query.shape[:3]))
+        call.query = put(call.query, result[0], s.heads, own.rows, sees)
         call.key = result[1].to(key.dtype)
 
     def _run_kernel(self, s: Selected, own: AttentionCall, call: AttentionCall) -> Tensor:
@@ -264,8 +264,7 @@ class Site:
         if s.heads is None and own.rows is None:
             return output.to(call.value.dtype)
         chosen = own.take(output)
-        valid = torch.ones(chosen.shape[:3], dtype=torch.bool, device=chosen.device)
-        return put(call.original(), chosen, s.heads, own.rows, valid)
+        return put(call.original(), chosen, s.heads, own.rows, None)
 
     def _run_weights(
         self,
@@ -296,7 +295,7 @@ class Site:
             own = calls[s]
             values, visible = tiles.get(own.head_list, rows[s])
             mixed = own.mix(torch.dropout(values, own.dropout, self.module.training))
-            sees = visible.any(-1).expand(values.shape[:3])
+            sees = None if visible is None else visible.any(-1)
             output = mixed if output is None else put(output, mixed, s.heads, rows[s].index, sees)
             if weights is not None:
                 weights = put(weights, values, s.heads, rows[s].index, sees)
@@ -332,12 +331,13 @@ class Site:
                 before = own.softmax(values) if stage == "logits" else values.clone()
         new = method(own, values)
         _check(s, stage, new, values, visible)
-        new = new.float().masked_fill(~visible, -torch.inf if stage == "logits" else 0.0)
+        new = new.float()
+        if visible is not None:
+            new = new.masked_fill(~visible, -torch.inf if stage == "logits" else 0.0)
         if before is not None:
             with torch.no_grad():
                 after = own.softmax(new) if stage == "logits" else new
-                moved = (after - before).abs_().sum(-1) / 2
-                s.tally.count_mass(own.head_list, moved, visible.any(-1))
+                s.tally.count_moved(before, after, visible)
         tiles.set(own.head_list, rows, new)
 
     def _run_outputs(self, s: Selected, own: AttentionCall, output: Tensor) -> Tensor:
@@ -348,9 +348,9 @@ class Site:
                 method(own, chosen)
             return output
         new = method(own, chosen.clone() if chosen is output else chosen)  # the part may work in place
-        sees = own.sees_any()
-        _check(s, "outputs", new, chosen, sees[..., None])
-        return put(output, new, s.heads, own.rows, sees.expand(chosen.shape[:3]))
+        sees = None if own.sees_all else own.sees_any()
+        _check(s, "outputs", new, chosen, None if sees is None else sees[..., None])
+        return put(output, new, s.heads, own.rows, sees)
 
 
 def _check(s: Selected, stage: str, new: Any, like: Tensor, matters: Tensor | None) -> None:

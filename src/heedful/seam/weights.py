@@ -33,8 +33,8 @@ class Weights:
         for tile in self.tiles:
             tile.values = tile.call.softmax(tile.values)
 
-    def get(self, heads: tuple[int, ...], rows: Rows) -> tuple[Tensor, Tensor]:
-        """Values (B, h, R, Tk) and visible keys (B or 1, h or 1, R, Tk)."""
+    def get(self, heads: tuple[int, ...], rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Values (B, h, R, Tk) and visible keys (B or 1, h or 1, R, Tk), None for all."""
         values, visible, order = [], [], []
         for tile in self.tiles:
             mine = tile.among(heads)
@@ -42,14 +42,16 @@ class Weights:
                 return tile.values, tile.visible
             if mine:
                 places, slots = [tile.place[h] for h in mine], tile.slots(rows)
-                seen = take(tile.visible, places, slots)
-                if slots is not None:
-                    seen = seen & (slots >= 0)[:, None, :, None]
                 values.append(take(tile.values, places, slots))
-                visible.append(seen.expand(-1, len(mine), -1, -1))
+                visible.append(tile.seen(places, slots))
                 order += mine
         back = [order.index(h) for h in heads]
-        return torch.cat(values, 1)[:, back], torch.cat(visible, 1)[:, back]
+        joined = torch.cat(values, 1)[:, back]
+        if all(seen is None for seen in visible):
+            return joined, None
+        seen = torch.cat([torch.ones_like(v, dtype=torch.bool) if s is None else s.expand_as(v)
+                          for v, s in zip(values, visible, strict=True)], 1)  # fmt: skip
+        return joined, seen[:, back]
 
     def set(self, heads: tuple[int, ...], rows: Rows, new: Tensor) -> None:
         """Takes edited values (B, h, R, Tk)."""
@@ -59,8 +61,7 @@ class Weights:
                 tile.values = new
             elif mine:
                 piece, slots = new[:, [heads.index(h) for h in mine]], tile.slots(rows)
-                valid = torch.ones(1, 1, 1, dtype=torch.bool, device=new.device).expand(piece.shape[:3])
-                tile.values = put(tile.values, piece, [tile.place[h] for h in mine], slots, valid)
+                tile.values = put(tile.values, piece, [tile.place[h] for h in mine], slots, None)
 
 
 class Tile:
@@ -71,13 +72,21 @@ class Tile:
         self.place = {head: i for i, head in enumerate(heads)}
         self.call = call.at(heads, rows.index)
         self.values = self.call.logits()
-        self.visible = self.call.visible()
+        self.visible = None if self.call.sees_all else self.call.visible()
 
     def among(self, heads: Sequence[int]) -> list[int]:
         return [h for h in heads if h in self.place]
 
     def is_exactly(self, mine: list[int], heads: Sequence[int], rows: Rows) -> bool:
         return mine == self.heads and len(mine) == len(heads) and rows.key == self.rows.key
+
+    def seen(self, places: list[int], slots: Tensor | None) -> Tensor | None:
+        """Visible keys of some of its heads and rows, None for all."""
+        visible = None if self.visible is None else take(self.visible, places, slots)
+        if slots is None:
+            return visible
+        valid = (slots >= 0)[:, None, :, None]
+        return valid if visible is None else visible & valid
 
     def slots(self, rows: Rows) -> Tensor | None:
         """Where the given rows stand in this tile, (B, R), -1 for none; None if they are the tile's own."""
