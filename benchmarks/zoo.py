@@ -68,6 +68,7 @@ def card(results: dict) -> str:
         "retrieval": table(results["retrieval_scores"]),
         "prompts": str(results["prompts_a_recall_figure"]),
         "measured": f"{results['device']}, {results['date']}",
+        "long_steps": str(results.get("long_steps", "some")),
         "bytes_note": results.get("bits_per_byte_note", "All of the twelve books."),
     }.items():
         text = text.replace("{{" + key + "}}", value)

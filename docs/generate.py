@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from heedful import catalog
+from heedful import catalog, zoo
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT.parent / "reproductions" / "results"
@@ -96,14 +96,21 @@ def index() -> str:
     return "\n".join(lines) + "\n"
 
 
+def model_card() -> str:
+    """The bundled model's own card, without its metadata block."""
+    text = (zoo.path("classics-20m") / "README.md").read_text()
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.S)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    pages = {"index": index()} | {method.slug: page(method) for method in catalog.methods()}
+    pages = {"methods/index": index()} | {f"methods/{method.slug}": page(method) for method in catalog.methods()}
+    pages["zoo"] = model_card()
     stale = []
     for name, text in pages.items():
-        path = ROOT / "methods" / f"{name}.md"
+        path = ROOT / f"{name}.md"
         if not path.exists() or path.read_text() != text:
             stale.append(str(path))
             if not check:

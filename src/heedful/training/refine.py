@@ -50,7 +50,8 @@ def refinement_document(rng: np.random.Generator, corpus: Corpus, length: int) -
 
 
 def refine(
-    model: str | Path, data: str | Path, out: str | Path, *, steps: int = 500, seconds: float = math.inf, documents: int = 12, lr: float = 2e-4,
+    model: str | Path, data: str | Path, out: str | Path, *, steps: int = 500, seconds: float = math.inf, documents: int = 12,
+    lengths: tuple[int, int] = (60, 900), lr: float = 2e-4,
     keep: float = 1.0, seed: int = 1, work: str | Path | None = None, device: str = "cpu", save_every: int = 100,
 ) -> Path:  # fmt: skip
     """Refines a pretrained folder and writes another one.
@@ -58,7 +59,7 @@ def refine(
     Args:
         model: folder written by `pretrain`. data: as for `pretrain`; its encoded form is kept in ``work``.
         out: result folder, written every ``save_every`` steps. steps: optimiser steps; ``seconds`` ends the run earlier.
-        documents: a batch; of one length each time, 60 to 900 tokens of prose. lr: AdamW's highest rate (warm-up, then cosine).
+        documents: a batch of the shortest kind; longer ones are fewer. lengths: of their prose, in tokens; a batch has one. lr: AdamW's highest rate (warm-up, then cosine).
         keep: weight of the divergence from the model as it was.
     """
     out = Path(out)
@@ -78,8 +79,8 @@ def refine(
         if ratio >= 1:
             break
         rng = np.random.default_rng([seed, step])
-        length = int(np.exp(rng.uniform(np.log(60), np.log(900))))
-        batch = [refinement_document(rng, corpus, length) for _ in range(max(2, documents * 200 // max(200, length)))]
+        length = int(np.exp(rng.uniform(*np.log(lengths))))
+        batch = [refinement_document(rng, corpus, length) for _ in range(max(1, documents * 200 // max(200, length)))]
         width = max(len(ids) for ids, _ in batch) + 1
         rows = torch.full((len(batch), width), tokenizer.eos_token_id)
         rows[:, 0] = tokenizer.bos_token_id
@@ -91,7 +92,7 @@ def refine(
         rows, asked, real = (tensor.to(device) for tensor in (rows, asked, real))
         loss, recall_loss, divergence = _losses(student, teacher, rows, asked[:, 1:], real[:, 1:], keep)
         for group in optimiser.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * ratio))
+            group["lr"] = lr * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * ratio))
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--keep", type=float, default=1.0)
     parser.add_argument("--documents", type=int, default=12)
+    parser.add_argument("--lengths", type=int, nargs=2, default=(60, 900))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
@@ -141,7 +143,8 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     refine(
         arguments.model, arguments.data, arguments.out, work=arguments.work, steps=arguments.steps, seconds=arguments.seconds,
-        lr=arguments.lr, keep=arguments.keep, documents=arguments.documents, device=arguments.device,
+        lr=arguments.lr, keep=arguments.keep, documents=arguments.documents,
+        lengths=tuple(arguments.lengths), device=arguments.device,
     )  # fmt: skip
 
 
