@@ -112,6 +112,19 @@ def test_a_prompt_of_one_token_is_a_prefill():
         assert [call[0] for call in probe.seen] == ["prefill", "decode", "decode"]
 
 
+def test_cross_attention_has_the_phase_of_its_decoder():
+    model = tiny_models.build("t5")
+    given = tiny_models.inputs(model)
+    given.pop("decoder_input_ids")
+    probe, steps = Calls(cross=True), Calls(cross=True, steps=[1])
+    with heedful.attach(model, probe, steps):
+        generate(model, given, 4)
+    expected = [("prefill", 0, 1)] + [("decode", i, 1) for i in (1, 2, 3)]
+    assert [call[:3] for call in probe.seen] == [call for call in expected for _ in ("self", "cross")]
+    assert [call[3] for call in probe.seen] == [1, 12, 2, 12, 3, 12, 4, 12]
+    assert [call[:3] for call in steps.seen] == [("decode", 2, 1)] * 2
+
+
 def test_rows_last_of_chunks_and_right_padding():
     model = tiny_models.build("llama")
     probe = Calls(rows="last")

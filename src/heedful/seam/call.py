@@ -73,7 +73,7 @@ class AttentionCall:
     keywords: dict[str, Any] = field(repr=False)
     heads: tuple[int, ...] | None = None
     rows: Tensor | None = None
-    memory: dict[Any, Any] = field(default_factory=dict, repr=False)
+    remembered: Callable[[], dict[Any, Any]] = field(default=dict, repr=False)
     for_kernel: bool = field(default=False, repr=False)
 
     # ---- what kind of call this is
@@ -87,6 +87,10 @@ class AttentionCall:
         if isinstance(self.past, Tensor):  # a static cache; reading its length would break a compiled graph
             return "decode" if torch.compiler.is_compiling() or int(self.past) > 0 else "prefill"
         return "decode" if self.past > 0 else "prefill"
+
+    @cached_property
+    def memory(self) -> dict[Any, Any]:
+        return self.remembered()
 
     @property
     def groups(self) -> int:
@@ -165,13 +169,13 @@ class AttentionCall:
     def softmax(self, logits: Tensor) -> Tensor:
         """Softmax of logits (B, heads, R, Tk) whose hidden keys are -inf; with the sinks' share; 0 for blind rows."""
         weights = torch.softmax(logits, dim=-1)
+        if not self.sees_all:
+            hidden = logits == -torch.inf
+            weights = weights.masked_fill(hidden, 0.0) if weights.requires_grad else weights.masked_fill_(hidden, 0.0)
         if self.sinks is not None:  # exp(l) / (sum exp(l) + exp(s)) = softmax(l) * sigmoid(lse(l) - s)
             sinks = self.sinks.float()[list(self.head_list)]
             weights = weights * torch.sigmoid(torch.logsumexp(logits, -1) - sinks[:, None])[..., None]
-        if self.sees_all:
-            return weights
-        hidden = logits == -torch.inf
-        return weights.masked_fill(hidden, 0.0) if weights.requires_grad else weights.masked_fill_(hidden, 0.0)
+        return weights
 
     def probabilities(self) -> Tensor:
         """Softmax of `logits()`: (B, heads, R, Tk) fp32."""

@@ -117,7 +117,11 @@ class Edit(Part):
         return query, key
 
     def logits(self, call: AttentionCall, logits: Tensor) -> Tensor:
-        """Before the softmax: (B, heads, R, Tk) fp32, after scaling, softcap and position bias; hidden keys: -inf."""
+        """Before the softmax: (B, heads, R, Tk) fp32, after scaling, softcap and position bias; hidden keys: -inf.
+
+        To hide a visible key return a large negative number there. A learned factor must skip the hidden keys, since
+        0 times -inf is nan in its gradient.
+        """
         return logits
 
     def probabilities(self, call: AttentionCall, probabilities: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -235,8 +236,10 @@ class Site:
         return lambda: int(call.past) - int(self.prompt_ends[cache])
 
     def _for_part(self, call: AttentionCall, s: Selected, rows: Rows) -> AttentionCall:
-        memory, for_kernel = s.memory(call.cache), isinstance(s.part, Kernel)
-        return replace(call, heads=s.heads, rows=rows.index, memory=memory, for_kernel=for_kernel)
+        remembered = partial(s.memory, call.cache)
+        return replace(
+            call, heads=s.heads, rows=rows.index, remembered=remembered, for_kernel=isinstance(s.part, Kernel)
+        )
 
     # ---- the stages
 
