@@ -38,7 +38,8 @@ def prompts(data: Path, number: int) -> dict[str, list[str]]:
     if gsm8k.exists():
         with gsm8k.open(encoding="utf-8") as lines:
             sets["maths"] = [
-                f"Question: {json.loads(line)['question']}\nAnswer:" for line, _ in zip(lines, range(number))
+                f"Question: {json.loads(line)['question']}\nAnswer:"
+                for line, _ in zip(lines, range(number), strict=False)
             ]
     return sets
 

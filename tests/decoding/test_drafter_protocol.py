@@ -1,6 +1,7 @@
 """What the engine hands to a drafter, and what statistics and interfaces say."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def test_everything_a_drafter_may_require(batch, chunk):
     recorder, result = run(model, given, RandomTree(reference, skip), prefill_chunk_size=chunk)
     assert recorder.begun == [(model, batch)]
 
-    (tokens, outputs), = recorder.prompts
+    ((tokens, outputs),) = recorder.prompts
     assert torch.equal(tokens, given["input_ids"])
     real = given["attention_mask"].bool()
     positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -52,7 +53,7 @@ def test_everything_a_drafter_may_require(batch, chunk):
                 assert path == []
                 continue
             assert path[0] == 0
-            assert all(int(tree.parents[b]) == a for a, b in zip(path, path[1:], strict=False))
+            assert all(int(tree.parents[b]) == a for a, b in itertools.pairwise(path))
             so_far[row] += tree.tokens[path].tolist()
             for node in range(len(tree)):  # row i of the outputs is node i
                 line = [node]
@@ -61,7 +62,9 @@ def test_everything_a_drafter_may_require(batch, chunk):
                 text = so_far[row][: len(so_far[row]) - len(path)] + tree.tokens[line].tolist()
                 dense = model(torch.tensor([text]), output_hidden_states=True)
                 torch.testing.assert_close(outputs.logits[row, node], dense.logits[0, -1], atol=1e-5, rtol=1e-5)
-                torch.testing.assert_close(outputs.hidden_states[row, node], dense.hidden_states[-1][0, -1], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    outputs.hidden_states[row, node], dense.hidden_states[-1][0, -1], atol=1e-5, rtol=1e-5
+                )
             keys = kept[row, :, skip[row] : skip[row] + len(so_far[row])]
             fresh = model(torch.tensor([so_far[row]]), use_cache=True).past_key_values.layers[0].keys[0]
             torch.testing.assert_close(keys, fresh, atol=1e-5, rtol=1e-5)
@@ -169,9 +172,7 @@ def test_custom_generate_inside_transformers():
     output = model.generate(**given, **GREEDY, custom_generate=run, return_dict_in_generate=True)
     assert isinstance(output, GenerateDecoderOnlyOutput)
     assert torch.equal(output.sequences, reference)
-    assert torch.equal(
-        heedful.generate(model, **given, **GREEDY, return_dict_in_generate=True).sequences, reference
-    )
+    assert torch.equal(heedful.generate(model, **given, **GREEDY, return_dict_in_generate=True).sequences, reference)
 
 
 def test_memory_does_not_grow_with_the_steps():

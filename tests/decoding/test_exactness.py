@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from decoding_tools import DRAFTERS, Chain, RandomTree, StaticTree, padding
+from packaging import version
 from tiny_models import build, inputs, names
 
 import heedful
@@ -91,6 +92,12 @@ def tiny(config, **changes):
 )  # fmt: skip
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_chunks_windows_shared_layers_and_learned_positions(config, changes, cache):
+    if (
+        cache == "static"
+        and config == "llama4_text"
+        and version.parse(transformers.__version__) < version.parse("5.20")
+    ):
+        pytest.skip("older transformers cannot build the chunked mask of a static cache")
     model = tiny(config, **changes)
     given = {"input_ids": torch.randint(5, 90, (3, 13), generator=torch.Generator().manual_seed(2))}
     given["attention_mask"] = torch.ones_like(given["input_ids"])

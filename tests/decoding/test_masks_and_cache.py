@@ -35,7 +35,7 @@ def verified(model, batch, static):
         batch["attention_mask"] if (batch["attention_mask"] == 0).any() else None,
         model.dtype,
         model.device,
-        cache.max_cache_len,
+        cache.capacity,
     )
     trees = [VerifiedTree(row, shape) for row in tokens.tolist()]
     logits = model(

@@ -26,7 +26,9 @@ class Forwards:
 
 def tiny(config, cls="AutoModelForCausalLM", **shape):
     torch.manual_seed(0)
-    return getattr(transformers, cls).from_config(transformers.AutoConfig.for_model(config, vocab_size=96, **shape)).eval()
+    return (
+        getattr(transformers, cls).from_config(transformers.AutoConfig.for_model(config, vocab_size=96, **shape)).eval()
+    )
 
 
 MODELS = {

@@ -71,12 +71,15 @@ class TreeCache(Cache):
     Args:
         model: the model the cache is for.
         max_cache_len: rows of a static cache; None gives a dynamic one.
+
+    Attributes:
+        capacity: rows of a static cache, None for a dynamic one.
     """
 
     def __init__(self, model: PreTrainedModel, max_cache_len: int | None = None) -> None:
         own = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
         super().__init__(layers=[_full_length(cast(CacheLayerMixin, layer), max_cache_len) for layer in own])
-        self.max_cache_len = max_cache_len
+        self.capacity = max_cache_len
 
     def commit(self, sources: Tensor | None, targets: Tensor | None, length: int) -> None:
         """Copies rows ``sources`` to rows ``targets`` (both ``(B, m)``, or None: nothing moves) and keeps ``length`` rows."""

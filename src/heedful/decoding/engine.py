@@ -90,12 +90,13 @@ class Engine:
         if static and self.max_length is None:
             raise ValueError("cache_implementation='static' needs a maximum length: pass max_new_tokens or max_length")
         self.cache = TreeCache(model, cast(int, self.max_length) + STATIC_ROOM if static else None)
-        self.masks = MaskBuilder(
-            text, self.model_kwargs.get("attention_mask"), model.dtype, model_device(model), self.cache.max_cache_len
-        )
+        mask = self.model_kwargs.get("attention_mask")
+        if mask is not None and bool((mask == 1).all()):  # as newer versions of generate do: no padding, no mask
+            mask = None
+        self.prompt_mask: Tensor | None = mask
+        self.masks = MaskBuilder(text, mask, model.dtype, model_device(model), self.cache.capacity)
         self.verification = Verification(model) if drafter is not None else None
 
-        mask = self.model_kwargs.get("attention_mask")
         self.padding = [0] * self.batch if mask is None else mask.int().argmax(-1).tolist()
         self.tokens: list[list[int]] = input_ids.tolist()  # every row's sequence, padding included
         # Tensors of the same: `host` for drafters; `ids` on the prompt's device, for processors and criteria.
@@ -170,7 +171,7 @@ class Engine:
                     logits=torch.cat(logits, dim=1) if whole_logits else None,
                     hidden_states=torch.cat(hidden, dim=1) if "prompt_hidden_states" in self.requires else None,
                     cache=self.cache if "cache" in self.requires else None,
-                    attention_mask=self.model_kwargs.get("attention_mask"),
+                    attention_mask=self.prompt_mask,
                 ),
             )
         first = self.select.batch(self.input_ids, logits[-1][:, -1]).tolist()
@@ -257,8 +258,8 @@ class Engine:
             depth = self.max_length - len(self.tokens[row]) - 1
         if self.max_positions is not None:
             depth = min(depth, self.max_positions - 1 - self._position(row))
-        if self.cache.max_cache_len is not None:
-            nodes = self.cache.max_cache_len - max(self.cached)
+        if self.cache.capacity is not None:
+            nodes = self.cache.capacity - max(self.cached)
         return depth, nodes
 
     def _position(self, row: int) -> int:
