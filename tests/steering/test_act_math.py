@@ -39,7 +39,7 @@ def call_of(query, key, value, mask=None):
             "original_mask",
         ]
     )
-    visibility = Visibility(mask, batch, queries, key.shape[2], True, False, None, True, query.device)
+    visibility = Visibility(mask, batch, queries, key.shape[2], True, False, None, key.shape[2] - queries, query.device)
     return AttentionCall(
         torch.nn.Module(), 0, query, key, value, dim**-0.5, 0.0, cross=False, causal=True, past=0, keywords={},
         visibility=visibility, **nothing,
