@@ -74,6 +74,7 @@ class Engine:
             raise ValueError(
                 f"{type(drafter).__name__}.requires has {sorted(unknown)}; known are {sorted(_REQUIREMENTS)}"
             )
+        self.learns = drafter is not None and getattr(drafter.update, "__func__", None) is not Drafter.update
         self.input_ids = input_ids
         self.device = input_ids.device
         self.batch, self.prompt_length = input_ids.shape
@@ -101,6 +102,7 @@ class Engine:
         self.tokens: list[list[int]] = input_ids.tolist()  # every row's sequence, padding included
         # Tensors of the same: `host` for drafters; `ids` on the prompt's device, for processors and criteria.
         self.host = input_ids.cpu()
+        self._writable = self.host.numpy()  # the same memory: a token is written in no time
         self.ids = input_ids if self.device.type != "cpu" else self.host
         self.stopped: list[int | None] = [None] * self.batch  # length at which each row ended
         self.emitted: list[list[int]] = [[] for _ in range(self.batch)]
@@ -137,7 +139,7 @@ class Engine:
         paths = self.walk(trees, logits, choices)
         self.commit(trees, paths)
         committed = perf_counter()
-        if self.drafter is not None:
+        if self.drafter is not None and self.learns:
             self.drafter.update(
                 [None if tree is None else tree.source for tree in trees],
                 DraftingOutputs(
@@ -359,9 +361,10 @@ class Engine:
         if at >= self.host.shape[1]:
             spare = self.host.new_zeros((self.batch, max(64, at // 2)))
             self.host = torch.cat([self.host, spare], dim=1)  # type: ignore[assignment]
+            self._writable = self.host.numpy()
             self.ids = self.host if self.device.type == "cpu" else torch.cat([self.ids, spare.to(self.device)], dim=1)  # type: ignore[assignment]
         self.tokens[row].append(token)
-        self.host[row, at] = token
+        self._writable[row, at] = token
         if self.device.type != "cpu" and (self.select.processors or self.stop.others):
             self.ids[row, at] = token
         if self.streamer is not None:

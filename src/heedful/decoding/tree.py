@@ -77,12 +77,19 @@ def topology(parents: tuple[int, ...]) -> Topology:
 class VerifiedTree:
     """One row's tree as the engine verifies it: tokens checked, on the host, with nodes that have no room left out."""
 
-    __slots__ = ("shape", "source", "tokens")
+    __slots__ = ("_source", "shape", "tokens")
 
     def __init__(self, tokens: list[int], shape: Topology, source: DraftTree | None = None) -> None:
         self.tokens = tokens
         self.shape = shape
-        self.source = source or DraftTree(torch.tensor(tokens), torch.tensor(shape.parents))  # type: ignore[arg-type]
+        self._source = source
+
+    @property
+    def source(self) -> DraftTree:
+        """The tree as its drafter knows it."""
+        if self._source is None:
+            self._source = DraftTree(torch.tensor(self.tokens), torch.tensor(self.shape.parents))  # type: ignore[arg-type]
+        return self._source
 
     @classmethod
     def check(cls, tree: DraftTree, root: int, vocabulary: int, row: int) -> VerifiedTree:
