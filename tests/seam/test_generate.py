@@ -227,6 +227,7 @@ def test_memory_lives_as_long_as_the_sequence():
 
         def outputs(self, call, output):
             call.memory["calls"] = call.memory.get("calls", 0) + 1
+            assert call.memory is call.memory
             if call.layer == 1:
                 self.seen.append(call.memory["calls"])
 

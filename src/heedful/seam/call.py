@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -78,7 +77,7 @@ class AttentionCall:
 
     # ---- what kind of call this is
 
-    @cached_property
+    @property
     def phase(self) -> str:
         if self.verification is not None:
             return "decode"
@@ -88,7 +87,7 @@ class AttentionCall:
             return "decode" if torch.compiler.is_compiling() or int(self.past) > 0 else "prefill"
         return "decode" if self.past > 0 else "prefill"
 
-    @cached_property
+    @property
     def memory(self) -> dict[Any, Any]:
         return self.remembered()
 

@@ -7,8 +7,7 @@ Everything here is computed for the asked rows only, and never builds a T x T te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,6 +79,7 @@ class Visibility:
     window: int | None
     slot: int | Tensor | None
     device: torch.device
+    _whole: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def hides_nothing(self) -> bool:
@@ -106,10 +106,12 @@ class Visibility:
             seen = self._by_index(index)
         return seen if rows is None else seen & (rows >= 0)[:, None, :, None]
 
-    @cached_property
+    @property
     def whole(self) -> Tensor:
-        """All visible keys (B or 1, 1 or Hq, Tq, Tk), boolean."""
-        return self.of()
+        """All visible keys (B or 1, 1 or Hq, Tq, Tk), boolean; computed once."""
+        if self._whole is None:
+            self._whole = self.of()
+        return self._whole
 
     def _by_index(self, rows: Tensor) -> Tensor:
         query = rows[:, None, :, None]

@@ -164,8 +164,8 @@ class Selected:
         inside = (tokens >= 0) & (tokens < mask.shape[1])
         return inside & mask.gather(1, tokens.clamp(0, mask.shape[1] - 1))
 
-    def memory(self, cache: Any) -> dict[Any, Any]:
-        """The dict of this sequence."""
+    def memory(self, cache: Any, of_this_call: dict[Any, Any]) -> dict[Any, Any]:
+        """The dict of this sequence, or without a cache that of this call."""
         if cache is None or torch.compiler.is_compiling():
-            return {}
+            return of_this_call
         return self.memories.setdefault(cache, {})

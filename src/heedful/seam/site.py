@@ -236,7 +236,7 @@ class Site:
         return lambda: int(call.past) - int(self.prompt_ends[cache])
 
     def _for_part(self, call: AttentionCall, s: Selected, rows: Rows) -> AttentionCall:
-        remembered = partial(s.memory, call.cache)
+        remembered = partial(s.memory, call.cache, {})
         return replace(
             call, heads=s.heads, rows=rows.index, remembered=remembered, for_kernel=isinstance(s.part, Kernel)
         )
