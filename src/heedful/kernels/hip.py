@@ -77,9 +77,9 @@ class HiPAttention(Kernel):
 
     When not to use:
         Prompts below some thousand tokens; with drafters of `heedful.generate`, whose token trees it cannot honour;
-        where a single place far back must be found for certain. On the bundled model at 4k tokens, needles of five
-        digits are all found after a sparse prefill if decoding is dense (`steps="prefill"`), which costs little, and
-        about half of them if decoding is sparse too (`reproductions/hip.py`).
+        where a single place far back must be found for certain. Of ten needles of five digits at 4k tokens the bundled
+        model finds all after a sparse prefill with dense decoding (`steps="prefill"`), which costs little, eight with
+        sparse decoding, four with one choice for 8 steps (`reproductions/hip.py`).
 
     Paper:
         "A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention"
