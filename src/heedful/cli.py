@@ -347,7 +347,7 @@ def bench_decode(
     loaded, tokenizer = _load(model)
     with _progress() as progress:
         result = bench.bench_decode(
-            loaded, tokenizer, asked, {name: _drafter(name) for name in names if name != "none"}, max_new_tokens=max_new_tokens,
+            loaded, tokenizer, asked, {name: drafter for name in names if (drafter := _drafter(name)) is not None}, max_new_tokens=max_new_tokens,
             progress=lambda done, total: progress("questions", done, total),
         )  # fmt: skip
     if json_path is not None:
