@@ -304,7 +304,7 @@ class NeedleRecall:
     @property
     def recall(self) -> float:
         """The share of prompts answered rightly."""
-        return self.passed.float().mean().item()
+        return self.passed.double().mean().item()
 
     def grid(self) -> tuple[Tensor, list[int], list[float]]:
         """Recall by length and depth: ``(lengths, depths)`` float32 (nan where nothing was asked), and the two axes."""
