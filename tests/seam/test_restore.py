@@ -44,7 +44,9 @@ def test_attach_acts_when_called_and_with_returns_the_same(model, given):
         assert torch.equal(family_checks.result(model, given), edited)
     assert is_plain(model, given, plain, before)
     attached.detach()  # once more: nothing happens
-    with attached:  # entered again: it acts again
+    with attached:  # entered again: it acts again, until its outermost block ends
+        with attached:
+            pass
         assert torch.equal(family_checks.result(model, given), edited)
     assert is_plain(model, given, plain, before)
 

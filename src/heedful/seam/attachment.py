@@ -81,6 +81,7 @@ class Attachment:
         self._idle: list[Part] = []
         self._sites: list[Site] = []
         self._active = False
+        self._entered = 0
         with _lock:
             self._select(model, parts, layers, cross, max_bytes)
             self._install()
@@ -95,7 +96,7 @@ class Attachment:
         with _lock:
             if not self._active:
                 return
-            self._active = False
+            self._active, self._entered = False, 0
             for site in self._sites:
                 site.frames = tuple(frame for frame in site.frames if frame[0] is not self)
                 if not site.frames:
@@ -105,12 +106,16 @@ class Attachment:
         with _lock:
             if not self._active:  # entered again after it was left
                 self._install()
+            self._entered += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
+        with _lock:
+            self._entered -= 1
+            if self._entered <= 0:  # the outermost of its own blocks
+                self.detach()
 
     def report(self) -> list[dict[str, Any]]:
         """What happened so far: one dict per part and layer.
