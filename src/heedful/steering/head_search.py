@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from heedful.seam import attach
+from heedful.seam.discovery import find_attention
 from heedful.steering.act import AttentionCalibration
 from heedful.steering.sinks import ColumnMeans
 
@@ -224,13 +225,14 @@ def search_heads(
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     shape = (int(config.num_hidden_layers), int(config.num_attention_heads))
     if heads is None:
-        heads = [(layer, head) for layer in range(2, shape[0] - 1) for head in range(shape[1])]
+        layers = sorted({found.layer for found in find_attention(model)[1] if not found.cross})
+        heads = [(layer, head) for layer in layers[2:-1] for head in range(shape[1])]
     candidates = sorted({(int(layer), int(head)) for layer, head in heads})
     outside = [pair for pair in candidates if not (0 <= pair[0] < shape[0] and 0 <= pair[1] < shape[1])]
     if not candidates or outside:
         raise ValueError(
             f"heads= must name (layer, head) pairs below {shape}; got {outside or 'none'}"
-            + ("" if outside else " (a model of three layers or fewer has no layer between the first two and the last)")
+            + ("" if outside else " (with three layers or fewer none lies between the first two and the last)")
         )
     _check(dataset, batch_size)
     rule: dict[str, Any] = {"alpha": alpha, "threshold": threshold, "beta": beta, "exempt_first": exempt_first}
