@@ -36,6 +36,7 @@ MODELS = {
     "bloom": {"hidden_size": 32, "n_head": 4, "n_layer": 2},
     "falcon": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "alibi": True},
     "gpt_neo": {"hidden_size": 32, "num_heads": 4, "num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32},
     "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 32, "is_decoder": True,
              "is_encoder_decoder": False},
 }  # fmt: skip

@@ -32,6 +32,8 @@ def check_model(model: PreTrainedModel) -> None:
 
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder model")
+    if getattr(text, "is_decoder", True) is False:
+        raise refuse("it is an encoder (config.is_decoder is False) and keeps no cache")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise refuse(
             "its forward takes no position_ids, so the nodes of a draft tree cannot be placed (ALiBi or own positions)"
