@@ -32,8 +32,10 @@ def check_model(model: PreTrainedModel) -> None:
 
     if getattr(config, "is_encoder_decoder", False):
         raise refuse("it is an encoder-decoder model")
-    if getattr(text, "is_decoder", True) is False:
-        raise refuse("it is an encoder (config.is_decoder is False) and keeps no cache")
+    # GPT-NeoX and others leave is_decoder at False though they are decoders: what decides is whether attention is causal.
+    decoder = model.get_decoder() or model  # without the vision tower, which attends in both directions
+    if any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
+        raise refuse("its attention is not causal (an encoder), so it keeps no cache")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise refuse(
             "its forward takes no position_ids, so the nodes of a draft tree cannot be placed (ALiBi or own positions)"
