@@ -39,12 +39,16 @@ PAPER_TEMPLATE: tuple[tuple[int, ...], ...] = tuple(
 )
 
 _UNSEEN = -1
-# What an acceptance rate is measured for: what became of a candidate's row (the node was rejected; accepted, but another
-# token followed; this one followed), its rank, its share of the top k's probability, and how well drafting goes right now.
+# What an acceptance rate is measured for: how well drafting goes right now; what last followed the two tokens before the
+# candidate (nothing known, the candidate, another token); what became of the node that wrote the candidate (rejected;
+# accepted, but another token followed; this one followed), the candidate's rank, and its share of the probability.
+_PACES = np.array([1.25, 1.75, 2.5, 3.5, 5.0])  # bounds of the recent tokens per step
+_NOTHING, _THIS, _ANOTHER = range(3)
 _FATES, _BUCKETS = 3, 8
-_PACES = np.array([1.25, 1.75, 2.5, 3.5, 5.0])  # bounds of the recent tokens per step that get rates of their own
+_PAIRS = 1 << 16  # size of the table of what followed two tokens
 _PRIOR = 8.0  # observations that a prior counts for
-_MEMORY = 0.98  # decay per step of the tokens per second that a larger tree has to beat
+_MEMORY = 0.99  # decay per step of the tokens per second that a larger tree has to beat
+_FLOOR = 0.02  # nodes less likely than this are worth no row at any price, so their children are not looked up
 
 
 class TokenRecycling(Drafter):
@@ -53,8 +57,8 @@ class TokenRecycling(Drafter):
     The matrix holds ``num_candidates`` successors of every token, as the model last ranked them. A draft is a tree of
     successors of successors, in the shape of the paper's 80-node template; of it the ``max_nodes`` nodes that are most
     likely to be accepted are verified. That likelihood is the product, along a node's path, of acceptance rates measured
-    while decoding (by a candidate's rank and the probability the model gave it). After a step every verified node writes
-    its top candidates back. The matrix outlives a generate, so later prompts start warm; `clear` forgets it.
+    while decoding: by a candidate's rank and probability, and by whether it followed when its token, or its token and the
+    one before, last occurred in the text. After a step every verified node writes its top candidates back. The matrix outlives a generate, so later prompts start warm; `clear` forgets it.
 
     Example:
         >>> import heedful
@@ -120,6 +124,7 @@ class TokenRecycling(Drafter):
         self.matrices: list[AdjacencyMatrix] = []
         self._costs: np.ndarray | None = None
         self._pace: np.ndarray
+        self._noted: list[int] = []
         self.clear()
 
     # Drafter ----------------------------------------------------------------------------------------------------------
@@ -136,6 +141,8 @@ class TokenRecycling(Drafter):
         for matrix in self.matrices:
             matrix.set_rates()
         self._recent = np.full(batch_size, 2.0)
+        self._noted = [0] * batch_size
+        self._previous = np.full(batch_size, _UNSEEN)
         self._costs = None
         if self.max_nodes == "auto" and len(self.template):
             self._costs = forward_costs(model, batch_size, len(self.template) + 1) / batch_size
@@ -153,6 +160,11 @@ class TokenRecycling(Drafter):
                 matrix.write(tokens[row, chunk].cpu().numpy(), candidates, shares, followers)
 
     def propose(self, roots: LongTensor, committed: list[LongTensor]) -> list[DraftTree | None]:
+        for row, root in enumerate(roots.tolist()):
+            text = committed[row][max(0, self._noted[row] - 2) :].numpy()
+            self._matrix(row).note(np.append(text, root))
+            self._noted[row] = len(committed[row]) + 1
+            self._previous[row] = text[-1] if len(text) else _UNSEEN
         return [self._read(row, root) for row, root in enumerate(roots.tolist())]
 
     def update(
@@ -171,7 +183,8 @@ class TokenRecycling(Drafter):
             tokens = tree.tokens.numpy()
             followers = np.full(len(tokens), _UNSEEN)
             followers[path] = np.append(tokens[path[1:]], int(new_roots[row]))
-            matrix.learn_rates(tokens[path], followers[path], self._recent[row])
+            before = np.append(self._previous[row], tokens[path[:-1]])
+            matrix.learn_rates(before, tokens[path], followers[path], self._recent[row])
             # Where a token stands in several nodes, the last one written stays: let that be an accepted one.
             order = np.argsort(followers != _UNSEEN, kind="stable")
             matrix.write(tokens[order], candidates[row][order], shares[row][order], followers[order])
@@ -187,6 +200,8 @@ class TokenRecycling(Drafter):
         self._costs = None
         self._pace = np.zeros(2)  # decayed tokens and seconds: what a larger tree has to beat
         self._recent = np.zeros(0)  # tokens per step of each row lately
+        self._noted = []  # tokens of each row's text whose pairs are known
+        self._previous = np.zeros(0, dtype=np.int64)  # the token before each row's root
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes what was learned as safetensors: ``tokens`` int32 ``(rows, V, k)``, -1 where nothing is known yet.
@@ -206,7 +221,7 @@ class TokenRecycling(Drafter):
             ValueError: the file was written with another ``num_candidates``, or by something else.
         """
         arrays = load_file(str(path))
-        if set(arrays) != {"tokens", "codes", "hits", "seen"} or arrays["tokens"].ndim != 3:
+        if set(arrays) != set(AdjacencyMatrix.STATE) or arrays["tokens"].ndim != 3:
             raise ValueError(f"{path} is no file of TokenRecycling.save: it holds {sorted(arrays)}")
         _, vocabulary, k = arrays["tokens"].shape
         if k != self.num_candidates:
@@ -227,10 +242,10 @@ class TokenRecycling(Drafter):
         matrix = self._matrix(row)
         if not len(self.template) or self.max_nodes == 0 or root >= matrix.vocabulary:
             return None
-        tokens, scores = self.template.read(matrix, root, self._recent[row])
-        order = np.argsort(
-            -scores, kind="stable"
-        )  # a node never scores above its parent, and comes after it when equal
+        floor = 0.0 if self._costs is None else _FLOOR
+        tokens, scores = self.template.read(matrix, self._previous[row], root, self._recent[row], floor)
+        # A node never scores above its parent, and comes after it when equal: the first nodes are a tree.
+        order = np.argsort(-scores, kind="stable")
         known = int(np.count_nonzero(scores))
         if self._costs is None:
             count = min(known, int(self.max_nodes) + 1)
@@ -279,9 +294,9 @@ class TreeTemplate:
         self.parents = np.array([-1, *(index[path[:-1]] for path in nodes[1:])])
         ranks = np.array([0, *(path[-1] for path in nodes[1:])])
         depths = np.array([len(path) for path in nodes])
-        #: Level by level: the nodes, their parents, their ranks.
+        #: Level by level: the nodes, their parents, their parents' parents (-1: what comes before the root), their ranks.
         self.levels = [
-            (at, self.parents[at], ranks[at])
+            (at, self.parents[at], self.parents[self.parents[at]], ranks[at])
             for at in (np.flatnonzero(depths == depth) for depth in range(1, int(depths.max()) + 1))
         ]
 
@@ -289,17 +304,34 @@ class TreeTemplate:
         """The nodes beside the root."""
         return len(self.parents) - 1
 
-    def read(self, matrix: AdjacencyMatrix, root: int, recent: float) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens ``(n,)`` int64 and acceptance probabilities ``(n,)``, 0 where the matrix knows no successor."""
-        tokens = np.empty(len(self.parents), dtype=np.int64)
-        scores = np.empty(len(self.parents))
-        tokens[0], scores[0] = root, 1.0
-        rates = matrix.rates[np.searchsorted(_PACES, recent)]
-        for nodes, parents, ranks in self.levels:
-            at = tokens[parents] * matrix.num_candidates + ranks  # of an unseen parent: some entry, with score 0
-            tokens[nodes] = matrix.flat_tokens.take(at, mode="wrap")
-            scores[nodes] = scores[parents] * rates.take(matrix.flat_codes.take(at, mode="wrap"))
-        return tokens, scores
+    def read(
+        self, matrix: AdjacencyMatrix, previous: int, root: int, recent: float, floor: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens ``(n,)`` int64 and acceptance probabilities ``(n,)``, 0 where the matrix knows no successor.
+
+        Args:
+            matrix: what is read.
+            previous: the token before the root, -1 for none.
+            root: the root's token.
+            recent: tokens per step lately, which the rates depend on.
+            floor: below a level whose nodes are all less likely than this, nothing is looked up.
+        """
+        nodes = len(self.parents)
+        tokens = np.zeros(nodes + 1, dtype=np.int64)  # the last place is that of the token before the root
+        scores = np.zeros(nodes)
+        tokens[0], tokens[-1], scores[0] = root, previous, 1.0
+        rates = matrix.rates[np.searchsorted(_PACES, recent)].reshape(-1)
+        for level, parents, grandparents, ranks in self.levels:
+            parent = tokens[parents]
+            at = parent * matrix.num_candidates + ranks  # of an unseen parent: some entry, with score 0
+            tokens[level] = candidates = matrix.flat_tokens.take(at, mode="wrap")
+            kinds = matrix.flat_codes.take(at, mode="wrap") + matrix.kinds * matrix.agreement(
+                tokens[grandparents], parent, candidates
+            )
+            scores[level] = probabilities = scores[parents] * rates.take(kinds) * (candidates >= 0)
+            if probabilities.max() <= floor:
+                break
+        return tokens[:-1], scores
 
 
 class AdjacencyMatrix:
@@ -307,19 +339,24 @@ class AdjacencyMatrix:
 
     Attributes:
         tokens: int32 ``(V, k)``, by falling probability; -1 where nothing is known yet.
-        codes: ``(V, k)``: each entry's column in the table of acceptance rates.
-        rates: float64 ``(6, codes)``: the measured rates, a row for each pace of drafting.
+        codes: ``(V, k)``: each entry's kind, by fate, rank and probability.
+        pairs: int32 ``(65536,)``: the token that last followed two tokens, by their hash (a collision costs speed only).
+        rates: float64 ``(6, 3, kinds)``: the measured acceptance rates, by pace, by what followed the pair, and by kind.
     """
+
+    STATE = ("tokens", "codes", "pairs", "hits", "seen")
 
     def __init__(self, vocabulary: int, num_candidates: int) -> None:
         self.vocabulary, self.num_candidates = vocabulary, num_candidates
-        kinds = _FATES * num_candidates * _BUCKETS + 1  # the last one is that of unknown entries: rate 0
+        self.kinds = _FATES * num_candidates * _BUCKETS
         self.tokens = np.full((vocabulary, num_candidates), _UNSEEN, dtype=np.int32)
-        self.codes = np.full((vocabulary, num_candidates), kinds - 1, dtype=np.uint8 if kinds <= 256 else np.uint16)
-        self.hits, self.seen = np.zeros((len(_PACES) + 1, kinds)), np.zeros((len(_PACES) + 1, kinds))
+        self.codes = np.zeros((vocabulary, num_candidates), dtype=np.uint8 if self.kinds <= 256 else np.uint16)
+        self.pairs = np.full(_PAIRS, _UNSEEN, dtype=np.int32)
+        self.hits, self.seen = np.zeros((2, len(_PACES) + 1, 3, self.kinds))
         self._ranks = np.arange(num_candidates) * _BUCKETS
-        # Before anything is measured, a candidate comes true as often as its probability says.
-        self._prior = np.tile((np.arange(_BUCKETS) + 0.5) / _BUCKETS, _FATES * num_candidates)
+        # Before anything is measured, a candidate comes true as often as its probability says, or its pair does.
+        share = np.tile((np.arange(_BUCKETS) + 0.5) / _BUCKETS, _FATES * num_candidates)
+        self._prior = np.stack([share, np.maximum(share, 0.7), 0.4 * share])
         self.set_rates()
 
     @property
@@ -351,31 +388,47 @@ class AdjacencyMatrix:
         self.tokens[tokens, :width] = candidates
         self.codes[tokens, :width] = buckets + self._ranks[:width] + fates * (self.num_candidates * _BUCKETS)
 
-    def learn_rates(self, tokens: np.ndarray, followers: np.ndarray, recent: float) -> None:
-        """Counts which of the known successors of ``tokens (m,)`` came true: ``followers (m,)``."""
-        pace = np.searchsorted(_PACES, recent)
-        codes = self.codes[tokens].reshape(-1)
-        true = (self.tokens[tokens] == followers[:, None]).reshape(-1)
-        np.add.at(self.seen[pace], codes, 1.0)
-        np.add.at(self.hits[pace], codes, true)
+    def note(self, text: np.ndarray) -> None:
+        """Remembers what followed each two tokens of ``text (n,)``."""
+        if len(text) > 2:
+            self.pairs[_hash(text[:-2], text[1:-1])] = text[2:]
+
+    def agreement(self, before: np.ndarray, tokens: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """What last followed ``before`` and ``tokens``: nothing known (0), the candidate (1), or another token (2)."""
+        last = self.pairs[_hash(before, tokens)]
+        return np.where(last == _UNSEEN, _NOTHING, np.where(last == candidates, _THIS, _ANOTHER))
+
+    def learn_rates(self, before: np.ndarray, tokens: np.ndarray, followers: np.ndarray, recent: float) -> None:
+        """Counts which of the known successors of ``tokens (m,)`` came true. ``before``, ``followers``: the tokens around."""
+        pace, candidates = np.searchsorted(_PACES, recent), self.tokens[tokens]
+        known = candidates != _UNSEEN
+        where = (self.agreement(before[:, None], tokens[:, None], candidates)[known], self.codes[tokens][known])
+        np.add.at(self.seen[pace], where, 1.0)
+        np.add.at(self.hits[pace], where, (candidates == followers[:, None])[known])
         self._news += 1
         if self._news == 8:  # rates move slowly
             self.set_rates()
 
     def set_rates(self) -> None:
-        """Works out the rates from what was counted. Each pace's rates lean on those over all paces, and these on the probabilities, as long as little is measured."""
+        """Works out the rates from what was counted.
+
+        As long as little is measured, a pace's rates lean on those over all paces, and these on the probabilities.
+        """
         self._news = 0
-        overall = (self.hits.sum(0)[:-1] + _PRIOR * self._prior) / (self.seen.sum(0)[:-1] + _PRIOR)
-        self.rates = np.zeros_like(self.seen)
-        self.rates[:, :-1] = np.maximum((self.hits[:, :-1] + _PRIOR * overall) / (self.seen[:, :-1] + _PRIOR), 1e-9)
+        overall = (self.hits.sum(0) + _PRIOR * self._prior) / (self.seen.sum(0) + _PRIOR)
+        self.rates = np.maximum((self.hits + _PRIOR * overall) / (self.seen + _PRIOR), 1e-9)
 
     def state(self) -> dict[str, np.ndarray]:
-        return {"tokens": self.tokens, "codes": self.codes, "hits": self.hits, "seen": self.seen}
+        return {name: getattr(self, name) for name in self.STATE}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.tokens, self.codes = state["tokens"].copy(), state["codes"].copy()
-        self.hits, self.seen = state["hits"].copy(), state["seen"].copy()
+        for name in self.STATE:
+            setattr(self, name, state[name].copy())
         self.set_rates()
+
+
+def _hash(before: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    return (before * 40503 + tokens * 9973) & (_PAIRS - 1)
 
 
 def _tokens_with_logits(model: PreTrainedModel) -> int:
