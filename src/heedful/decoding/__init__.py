@@ -5,7 +5,7 @@ Read in this order: tree (what is proposed), drafter (who proposes), engine (dra
 generate (the public functions); then the drafters: prompt_lookup, token_recycling.
 """
 
-from heedful.decoding.drafter import Drafter, DraftingOutputs
+from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.generate import Generation, custom_generate, generate
 from heedful.decoding.prompt_lookup import PromptLookup
 from heedful.decoding.stats import DecodingStats
@@ -14,6 +14,8 @@ from heedful.decoding.tree import DraftTree
 
 __all__ = [
     "DecodingStats",
+    "DeviceDrafter",
+    "DeviceStep",
     "DraftTree",
     "Drafter",
     "DraftingOutputs",

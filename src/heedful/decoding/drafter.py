@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,3 +80,65 @@ class Drafter:
 
     def clear(self) -> None:
         """Forgets what was learned."""
+
+    def on_device(self, model: PreTrainedModel, batch_size: int, capacity: int) -> DeviceDrafter | None:
+        """This drafter in tensor operations of fixed shapes, for the CUDA-graph engine; None: it drafts on the host.
+
+        Args:
+            model: the target model.
+            batch_size: rows.
+            capacity: rows of the static cache.
+        """
+        return None
+
+
+@dataclass(slots=True)
+class DeviceStep:
+    """What one verification gave, as tensors of fixed shapes on the model's device: B rows, n nodes, paths of m nodes.
+
+    Attributes:
+        tokens: ``(B, n)`` int64, the verified trees; node 0 is the root.
+        logits: ``(B, n, V)``, raw, in the model's dtype.
+        hidden_states: ``(B, n, H)`` after the final norm, if ``requires`` has ``"hidden_states"``, else None.
+        path: ``(B, m)`` int64, the accepted nodes, node 0 first; entries from ``count`` on repeat the last accepted node.
+        count: ``(B,)`` int64, accepted nodes, the root included: at least 1.
+        roots: ``(B,)`` int64, the token chosen after each path: the root of the next tree.
+        lengths: ``(B,)`` int64, rows of the cache that hold each row's text (padding included), this step's path included.
+        positions: ``(B,)`` int64, the position of the next root (``lengths`` without the padding).
+        cache: the static cache, this step's path committed: ``cache.layers[i].keys`` is ``(B, Hkv, capacity, D)``, rows from
+            ``lengths`` on mean nothing.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    hidden_states: Tensor | None
+    path: Tensor
+    count: Tensor
+    roots: Tensor
+    lengths: Tensor
+    positions: Tensor
+    cache: Cache
+
+
+class DeviceDrafter(ABC):
+    """A drafter inside the captured step of the CUDA-graph engine: trees of one fixed shape, made by tensor operations.
+
+    `advance` is captured once and replayed: no host synchronisation, no data-dependent Python, no shape that changes, and
+    state in tensors that are made once and written in place. It runs once, eagerly, after the prefill (there the "tree" is
+    the last prompt token: n = m = 1), and then in every step.
+
+    Attributes:
+        parents: the shape of every tree: ``parents[0] == -1`` and ``0 <= parents[i] < i``.
+    """
+
+    parents: tuple[int, ...]
+
+    def begin(self) -> None:
+        """A generate begins: resets, in place, what belongs to one generate."""
+
+    def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
+        """The prompt has been read (not captured); as `Drafter.prefill`."""
+
+    @abstractmethod
+    def advance(self, step: DeviceStep) -> Tensor:
+        """Learns from a verification and drafts the next trees: tokens ``(B, len(parents))`` int64, ``step.roots`` first."""
