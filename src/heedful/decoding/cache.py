@@ -99,6 +99,88 @@ class TreeCache(Cache):
                 cast(StaticLayer, layer).cumulative_length.fill_(length)
 
 
+class GraphLayer(DynamicLayer):
+    """A layer of `GraphCache`: room for ``capacity`` rows, made once and kept from generate to generate.
+
+    While a prompt is read it grows like a dynamic layer. While trees are verified (``rows`` is set) every row of the batch
+    writes its nodes right behind its own text, and attention is handed the whole room, whose end means nothing.
+    """
+
+    is_compileable = True
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = 0
+        self.rows: tuple[Tensor, Tensor] | None = None  # (B, 1) and (B, n): where the nodes of a verification go
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Zeros: what was never written is multiplied by a probability of zero, and must not be NaN.
+        self.keys, self.values = (
+            states.new_zeros((states.shape[0], states.shape[1], self.capacity, states.shape[3]))
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Writes ``(B, H, n, D)`` keys and values; returns those written so far, or the whole room in a verification."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        if self.rows is not None:
+            batch, places = self.rows
+            keys[batch, :, places] = key_states.transpose(1, 2)
+            values[batch, :, places] = value_states.transpose(1, 2)
+            return keys, values
+        start, end = self.length, self.length + key_states.shape[2]
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.length = end
+        return keys[:, :, :end], values[:, :, :end]
+
+    def get_seq_length(self) -> int:
+        return 0 if self.rows is not None else self.length
+
+
+class GraphCache(Cache):
+    """The cache of the CUDA-graph engine: its tensors never move, so that a captured step may read and write them.
+
+    Args:
+        model: the model the cache is for.
+        capacity: rows of each layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
+        own = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        layers = [layer if type(layer).__name__ == "DummyLayer" else GraphLayer(capacity) for layer in own]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+        self.capacity = capacity
+
+    @property
+    def own_layers(self) -> list[GraphLayer]:
+        """Without the layers that share another one's keys."""
+        return [layer for layer in self.layers if isinstance(layer, GraphLayer)]
+
+    def restart(self) -> None:
+        """A new prompt is read into the same tensors."""
+        for layer in self.own_layers:
+            layer.length, layer.rows = 0, None
+
+    def verify_at(self, rows: tuple[Tensor, Tensor] | None) -> None:
+        """Where the nodes of the coming verification are written: ``(B, 1)`` and ``(B, n)`` indices; None: no longer."""
+        for layer in self.own_layers:
+            layer.rows = rows
+
+    def move(self, batch: Tensor, sources: Tensor, targets: Tensor) -> None:
+        """Copies rows ``sources (B, m)`` of every layer to rows ``targets (B, m)``; ``batch``: ``(B, 1)``."""
+        for layer in self.own_layers:
+            for states in (cast(Tensor, layer.keys), cast(Tensor, layer.values)):
+                states[batch, :, targets] = states[batch, :, sources]
+
+
 def _full_length(layer: CacheLayerMixin, max_cache_len: int | None) -> CacheLayerMixin:
     if layer.keys is None and type(layer).__name__ == "DummyLayer":
         return layer

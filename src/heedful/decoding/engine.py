@@ -167,16 +167,15 @@ class Engine:
         for inputs in self._prompt_chunks(whole_logits):
             logits.append(self.model(**inputs, return_dict=True).logits)
         if self.drafter is not None:
-            self.drafter.prefill(
-                self.input_ids,
-                DraftingOutputs(
-                    logits=torch.cat(logits, dim=1) if whole_logits else None,
-                    hidden_states=torch.cat(hidden, dim=1) if "prompt_hidden_states" in self.requires else None,
-                    cache=self.cache if "cache" in self.requires else None,
-                    attention_mask=self.prompt_mask,
-                ),
+            self.prompt_outputs = DraftingOutputs(
+                logits=torch.cat(logits, dim=1) if whole_logits else None,
+                hidden_states=torch.cat(hidden, dim=1) if "prompt_hidden_states" in self.requires else None,
+                cache=self.cache if "cache" in self.requires else None,
+                attention_mask=self.prompt_mask,
             )
-        first = self.select.batch(self.input_ids, logits[-1][:, -1]).tolist()
+            self.prefill_drafter(self.prompt_outputs)
+        self.last_logits = logits[-1][:, -1]
+        first = self.select.batch(self.input_ids, self.last_logits).tolist()
         positions = self.model_kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(self.prompt_length, device=self.device)[None]
@@ -192,6 +191,10 @@ class Engine:
             self.emit(row, token)
             if self.stop.row(row, self._sequence(row), token, len(self.tokens[row])):
                 self.stopped[row] = len(self.tokens[row])
+
+    def prefill_drafter(self, outputs: DraftingOutputs) -> None:
+        assert self.drafter is not None
+        self.drafter.prefill(self.input_ids, outputs)
 
     def _prompt_chunks(self, whole_logits: bool) -> Iterator[dict[str, Any]]:
         """The forward's arguments for the prompt, in one piece or in ``prefill_chunk_size`` pieces."""
@@ -420,9 +423,11 @@ class Engine:
 
 
 @contextmanager
-def _hidden_states(model: PreTrainedModel, requires: frozenset[str]) -> Iterator[list[Tensor]]:
+def _hidden_states(
+    model: PreTrainedModel, requires: frozenset[str], into: list[Tensor] | None = None
+) -> Iterator[list[Tensor]]:
     """Collects the decoder's last hidden states (after the final norm) of every forward, if anybody asks for them."""
-    collected: list[Tensor] = []
+    collected: list[Tensor] = [] if into is None else into
     if not requires & {"hidden_states", "prompt_hidden_states"}:
         yield collected
         return

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 from torch import LongTensor
@@ -18,8 +20,16 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from heedful.decoding.drafter import Drafter
 from heedful.decoding.engine import Engine
+from heedful.decoding.selection import StopChecker
 from heedful.decoding.stats import DecodingStats
-from heedful.decoding.support import check_arguments, check_batch, check_call, check_model, check_rope
+from heedful.decoding.support import (
+    check_arguments,
+    check_batch,
+    check_call,
+    check_model,
+    check_rope,
+    model_device,
+)
 
 
 @dataclass(slots=True)
@@ -41,6 +51,8 @@ def generate(
     drafter: Drafter | None = None,
     streamer: Any = None,
     acceptance: str = "exact",
+    engine: str = "auto",
+    compile: bool = False,
     **kwargs: Any,
 ) -> Generation:
     """Generates what ``model.generate`` generates, with several tokens per forward of the model.
@@ -64,6 +76,12 @@ def generate(
         drafter: proposes tokens; it decides the speed, never the output. None: plain decoding, token by token.
         streamer: a `transformers` streamer, at batch size 1.
         acceptance: ``"exact"``, the only one there is.
+        engine: ``"graph"``: a static cache and steps captured as CUDA graphs; ``"eager"``: a forward of the model called step
+            by step; ``"auto"``: graphs on a CUDA device wherever they can be exact, else eager. In graphs sampling agrees with
+            ``model.generate`` in distribution, not token for token under a seed. Graphs and their cache stay with the model for
+            the next call of the same batch size and length (in steps of 1,024): `heedful.decoding.release_graphs` frees them.
+        compile: with graphs: run the forward through torch.compile as well, with linear layers put together. It takes a
+            minute once for a model of 8 B parameters and pays from some thousand tokens on.
         **kwargs: what ``model.generate`` takes: ``attention_mask``, ``max_new_tokens``, ``do_sample``, ``generation_config``,
             ``logits_processor``, ``stopping_criteria``, ``stop_strings`` with ``tokenizer``, ``cache_implementation="static"``...
 
@@ -73,7 +91,7 @@ def generate(
             ``prompt_lookup_num_tokens``, ``use_cache=False``, ``past_key_values``, per-token outputs, right padding, and a
             streamer or a processor with state at batch size > 1. The message names the remedy.
     """
-    run = _Run(drafter, streamer, acceptance)
+    run = _Run(drafter, streamer, acceptance, engine, compile)
     check_call(kwargs)
     check_model(_unwrapped(model))
     if kwargs.get("past_key_values") is not None:
@@ -86,7 +104,13 @@ def generate(
     return Generation(output if not isinstance(output, GenerateDecoderOnlyOutput) else output.sequences, run.stats)  # type: ignore[arg-type]
 
 
-def custom_generate(drafter: Drafter | None, streamer: Any = None, acceptance: str = "exact") -> _Run:
+def custom_generate(
+    drafter: Drafter | None,
+    streamer: Any = None,
+    acceptance: str = "exact",
+    engine: str = "auto",
+    compile: bool = False,
+) -> _Run:
     """The engine as a callable for transformers: ``model.generate(..., custom_generate=custom_generate(drafter))``.
 
     transformers hands neither its ``streamer`` nor its ``tokenizer`` to such a callable: give the streamer here, and for
@@ -97,22 +121,28 @@ def custom_generate(drafter: Drafter | None, streamer: Any = None, acceptance: s
         drafter: proposes tokens; None decodes token by token.
         streamer: gets the prompt and every token, at batch size 1.
         acceptance: ``"exact"``.
+        engine, compile: as for `generate`.
 
     Returns:
         The callable; after each run its ``stats`` are the `DecodingStats` of that run.
     """
-    return _Run(drafter, streamer, acceptance)
+    return _Run(drafter, streamer, acceptance, engine, compile)
 
 
 class _Run:
     """What generate calls once it has prepared everything."""
 
-    def __init__(self, drafter: Drafter | None, streamer: Any, acceptance: str) -> None:
+    def __init__(self, drafter: Drafter | None, streamer: Any, acceptance: str, engine: str, compile: bool) -> None:
         if drafter is not None and not isinstance(drafter, Drafter):
             raise TypeError(f"drafter must be a heedful.decoding.Drafter or None, got {type(drafter).__name__}")
         if acceptance != "exact":
             raise ValueError(f"acceptance must be 'exact', got {acceptance!r}")
+        if engine not in ("auto", "graph", "eager"):
+            raise ValueError(f"engine must be 'auto', 'graph' or 'eager', got {engine!r}")
+        if compile and engine == "eager":
+            raise ValueError("compile=True compiles the steps of engine='graph'; leave engine out or leave compile out")
         self.drafter, self.streamer = drafter, streamer
+        self.engine, self.compile = engine, compile
         self.stats: DecodingStats | None = None
 
     def __call__(
@@ -130,7 +160,7 @@ class _Run:
         check_arguments(generation_config, model_kwargs, fresh)
         check_batch(logits_processor, self.streamer, model_kwargs.get("attention_mask"), input_ids.shape[0])
         check_rope(model, stopping_criteria.max_length)
-        engine = Engine(
+        engine = self._engine_class(model, logits_processor, stopping_criteria, model_kwargs)(
             model,
             input_ids,
             drafter=self.drafter,
@@ -144,6 +174,27 @@ class _Run:
         if generation_config.return_dict_in_generate:
             return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
         return sequences
+
+
+    def _engine_class(
+        self,
+        model: PreTrainedModel,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        model_kwargs: dict[str, Any],
+    ) -> Callable[..., Engine]:
+        if self.engine == "eager" or (self.engine == "auto" and model_device(model).type != "cuda"):
+            if self.compile:
+                raise ValueError("compile=True compiles steps of the graph engine, which needs the model on a CUDA device")
+            return Engine
+        from heedful.decoding.graph import GraphEngine, unsupported
+
+        reason = unsupported(model, self.drafter, processors, StopChecker(criteria, 1), model_kwargs)
+        if reason is None:
+            return partial(GraphEngine, compile=self.compile)
+        if self.engine == "graph" or self.compile:
+            raise ValueError(f"engine='graph' cannot decode this: {reason}; use engine='eager'")
+        return Engine
 
 
 def _unwrapped(model: Any) -> PreTrainedModel:

@@ -17,7 +17,9 @@ class DecodingStats:
         prefill_seconds: reading the prompt and choosing the first token.
         draft_seconds: the drafter's own time (propose and update).
         verify_seconds: the model's forwards, from the tokens to the logits.
-        commit_seconds: the walk down the trees with processors and stopping criteria, and the compaction of the cache.
+        commit_seconds: the walk down the trees with processors and stopping criteria, and the compaction of the cache. In
+            CUDA graphs both are part of ``verify_seconds``, and this is what the host takes.
+        capture_seconds: making CUDA graphs, part of the decoding time of the first generate that needs them.
     """
 
     steps: int = 0
@@ -28,6 +30,7 @@ class DecodingStats:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     commit_seconds: float = 0.0
+    capture_seconds: float = 0.0
 
     @property
     def tokens_per_step(self) -> float:

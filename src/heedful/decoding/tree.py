@@ -56,6 +56,7 @@ class Topology:
             self.ancestors[node] |= self.ancestors[parent]
         self.depth = max(self.depths)
         self.depth_tensor = torch.tensor(self.depths)
+        self.parent_tensor = torch.tensor(parents)
         self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

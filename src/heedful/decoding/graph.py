@@ -1,0 +1,583 @@
+"""The engine on a GPU: a step of fixed shapes, captured once as a CUDA graph and replayed.
+
+A step is one forward over all trees, the walk, the commit and, for drafters that can (`Drafter.on_device`), the next draft;
+all of it tensor operations on buffers that never move. The host launches it, reads back the emitted tokens (the only
+synchronisation), and hands them on. Trees are padded to a bucket of nodes, so that a few graphs serve every tree; a drafter
+on the device has one shape. With such a drafter the next step is launched before the last one's tokens are read: a row that
+has ended moves nothing any more, so a step too many does no harm.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import LongTensor, Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from heedful.attention import tree_attention
+from heedful.decoding.cache import GraphCache
+from heedful.decoding.device_walk import ancestors_of, trim, walk
+from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
+from heedful.decoding.engine import Engine, _hidden_states
+from heedful.decoding.selection import StopChecker
+from heedful.decoding.support import model_device
+from heedful.decoding.tree import DraftTree, VerifiedTree, topology
+from heedful.seam import AttentionCall, Kernel, Verification, attach
+
+#: Nodes that trees are padded to, the root included. Larger trees are cut to the last one.
+BUCKETS = (1, 8, 16, 32, 64, 128)
+#: The deepest node that a tree of a bucket may have; it sizes the tensors of a path.
+DEEPEST = 32
+#: Rows of the cache are made in multiples of this, so that the next prompt finds its graphs ready.
+ROWS = 1024
+_END_TOKENS = 8
+_KEPT = 2  # sessions kept a model, the latest ones
+_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+_HEAD_SIZES = (64, 128, 256)
+
+_sessions: WeakKeyDictionary[PreTrainedModel, OrderedDict[tuple[Any, ...], Session]] = WeakKeyDictionary()
+
+
+def unsupported(
+    model: PreTrainedModel,
+    drafter: Drafter | None,
+    processors: LogitsProcessorList,
+    stop: StopChecker,
+    model_kwargs: Mapping[str, Any],
+) -> str | None:
+    """Why a generate has to run in the eager engine; None: it can run in CUDA graphs."""
+    text = model.config.get_text_config(decoder=True)
+    if model_device(model).type != "cuda":
+        return "the model is not on a CUDA device"
+    if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
+        return "the model is spread over several devices"
+    if Verification(model).attached:
+        return "parts are attached to the model"
+    if drafter is not None and type(drafter).verifying is not Drafter.verifying:
+        return f"{type(drafter).__name__} takes part in the model's forward"
+    heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if heads not in _HEAD_SIZES:
+        return f"heads of {heads} (the tree attention kernel has {', '.join(map(str, _HEAD_SIZES))})"
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if not kinds <= {"full_attention", "sliding_attention"} or getattr(text, "attention_chunk_size", None):
+        return f"attention layers of the kinds {', '.join(sorted(kinds))}"
+    if any("sinks" in name for name, _ in model.named_parameters()):
+        return "attention with sink logits"
+    if any(type(processor) not in _WARPERS for processor in processors):
+        return "logits processors beyond temperature, top-k, top-p and min-p"
+    if stop.others:
+        return "stopping criteria beyond length and EOS"
+    if stop.max_length is None:
+        return "no maximum length: the cache cannot be sized"
+    if len(stop.eos) > _END_TOKENS:
+        return f"more than {_END_TOKENS} end-of-sequence tokens"
+    if any(value is not None for name, value in model_kwargs.items() if name in ("token_type_ids", "pixel_values")):
+        return "inputs of other modalities"
+    positions = model_kwargs.get("position_ids")
+    if positions is not None and positions.ndim > 2:
+        return "positions with several axes"
+    return None
+
+
+def release_graphs(model: PreTrainedModel | None = None) -> None:
+    """Frees the captured graphs and caches of one model, or of all."""
+    if model is None:
+        _sessions.clear()
+    else:
+        _sessions.pop(model, None)
+
+
+class TreeAttention(Kernel):
+    """The attention of a verification: the text without a mask, the tree with its own; reads the session's buffers."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__()
+        self.session = session
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        s = self.session
+        return tree_attention(
+            call.query,
+            call.key,
+            call.value,
+            s.shown.ancestors,
+            s.lengths,
+            prefix_start=s.padding,
+            window=call.keywords.get("sliding_window"),
+            softcap=call.softcap,
+            scale=call.scaling,
+        )
+
+
+class Plain(DeviceDrafter):
+    """No draft: the tree is the root."""
+
+    parents = (-1,)
+
+    def advance(self, step: DeviceStep) -> Tensor:
+        return step.roots[:, None]
+
+
+class Trees:
+    """The buffers of one bucket's trees."""
+
+    def __init__(self, batch: int, nodes: int, device: torch.device, parents: Sequence[int] | None = None) -> None:
+        self.tokens = torch.zeros(batch, nodes, dtype=torch.long, device=device)
+        self.parents = torch.full((batch, nodes), -1, device=device)
+        self.ancestors = torch.eye(nodes, dtype=torch.bool, device=device).repeat(batch, 1, 1)
+        self.path_length = min(nodes, DEEPEST + 1)
+        if parents is not None:
+            shape = topology(tuple(parents))
+            self.parents[:] = torch.tensor(parents, device=device)
+            self.ancestors[:] = shape.ancestors.to(device)
+            self.path_length = shape.depth + 1
+        self.batch, self.nodes = batch, nodes
+
+    def put(self, trees: Sequence[VerifiedTree | None]) -> None:
+        """Uploads the host's trees; nodes past a tree's last one see themselves alone and follow nobody."""
+        tokens = torch.zeros(self.batch, self.nodes, dtype=torch.long)
+        parents = torch.full((self.batch, self.nodes), -1)
+        ancestors = torch.eye(self.nodes, dtype=torch.bool).repeat(self.batch, 1, 1)
+        for row, tree in enumerate(trees):
+            if tree is not None:
+                size = tree.shape.size
+                tokens[row, :size] = torch.tensor(tree.tokens)
+                parents[row, :size] = tree.shape.parent_tensor
+                ancestors[row, :size, :size] = tree.shape.ancestors
+        for buffer, value in ((self.tokens, tokens), (self.parents, parents), (self.ancestors, ancestors)):
+            buffer.copy_(value.pin_memory() if buffer.is_cuda else value, non_blocking=True)
+
+
+class Session:
+    """Buffers and captured steps for one model, batch size, capacity and way of choosing tokens.
+
+    Args:
+        model: the target model.
+        batch: rows.
+        capacity: rows of the cache.
+        drafter: drafts on the device, or None: trees come from the host, or there are none.
+        requires: of the drafter.
+        processors: temperature, top-k, top-p and min-p.
+        do_sample: draw instead of taking the arg-max.
+        compile: run the model's forward through torch.compile.
+        capture: capture steps as CUDA graphs; False runs the same operations one by one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        capacity: int,
+        *,
+        drafter: DeviceDrafter | None,
+        requires: frozenset[str],
+        processors: LogitsProcessorList,
+        do_sample: bool,
+        compile: bool,
+        capture: bool,
+    ) -> None:
+        self.model, self.batch, self.capacity = model, batch, capacity
+        self.drafter, self.requires, self.do_sample = drafter, requires, do_sample
+        self.processors = processors
+        self.capture = capture
+        self.cache = GraphCache(model, capacity)
+        self.device = device = model_device(model)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.long, device=device)
+
+        self.lengths, self.positions, self.remaining, self.padding, self.last = (zeros(batch) for _ in range(5))
+        self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.end_tokens = torch.full((_END_TOKENS,), -1, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]
+        #: What the model's forward is given as a mask: nothing reads it, and it keeps the model from making one.
+        self.no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=device)
+        self.trees: dict[int, Trees] = {}
+        self.shown: Trees
+        self.steps: dict[int, CapturedStep] = {}
+        self.pool = torch.cuda.graph_pool_handle() if capture else None
+        self.capture_seconds = 0.0
+        self.hidden: list[Tensor] = []
+        self.mover: Any = None
+        self.forward = self._forward
+        self.walk, self.trim = walk, trim
+        if compile:
+            from heedful.decoding.fused_linear import compile_forward
+
+            self.forward = compile_forward(self._forward)
+            self.walk, self.trim = torch.compile(walk), torch.compile(trim)
+
+    def begin(self, engine: GraphEngine) -> None:
+        """A generate begins: its numbers go into the buffers."""
+        self.remaining.fill_(cast(int, engine.max_length) - engine.prompt_length - 1)
+        self.finished[:] = torch.tensor([length is not None for length in engine.stopped], device=self.device)
+        self.lengths.fill_(engine.prompt_length)
+        self.positions.copy_(torch.tensor(engine.next_position))
+        self.last.copy_(self.positions + self.remaining)
+        self.padding.copy_(torch.tensor(engine.padding))
+        self.end_tokens.copy_(torch.tensor([*engine.stop.eos, *[-1] * (_END_TOKENS - len(engine.stop.eos))]))
+
+    def trees_of(self, nodes: int, parents: Sequence[int] | None = None) -> Trees:
+        if nodes not in self.trees:
+            self.trees[nodes] = Trees(self.batch, nodes, self.device, parents)
+        return self.trees[nodes]
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        return self.model(
+            input_ids=tokens,
+            attention_mask=self.no_mask_for_model,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        ).logits
+
+    @property
+    def no_mask_for_model(self) -> Any:
+        kinds = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None)
+        return self.no_mask if kinds is None else dict.fromkeys(kinds, self.no_mask)
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The token chosen after every node, ``(B, n, V)`` to ``(B, n)``.
+
+        A draw for every node is as exact as one for each node of the walk: those the walk does not come to are not used.
+        """
+        if not self.do_sample:
+            return logits.argmax(-1)  # of the low precision itself: casting up keeps the order
+        scores = logits.flatten(0, 1).float()
+        for processor in self.processors:
+            scores = processor(cast(LongTensor, None), scores)  # type: ignore[arg-type]
+        # Gumbel's trick in the exponential form: one of the draws that torch.multinomial makes, without its checks.
+        draw = (scores.softmax(-1) / torch.empty_like(scores).exponential_()).argmax(-1)
+        return draw.view(logits.shape[:2])
+
+    def verify(self, trees: Trees) -> tuple[DeviceStep, Tensor]:
+        """Forward, walk, commit. Returns the step, and what the host reads: ``(B, m + 2)`` emitted tokens, count, ended."""
+        self.shown = trees
+        nodes = trees.nodes
+        depths = trees.ancestors.sum(-1) - 1
+        places = self.lengths[:, None] + torch.arange(nodes, device=self.device)
+        # Rows that have ended verify too, without a trace; theirs must not lie past the cache's end.
+        self.cache.verify_at((self.rows, places.clamp(max=self.capacity - 1)))
+        self.hidden.clear()
+        # Nodes past the last token that may be emitted are never accepted; learned positions may end there.
+        positions = torch.minimum(self.positions[:, None] + depths, self.last[:, None])
+        logits = self.forward(trees.tokens, positions)
+        walked = self.walk(trees.tokens, trees.parents, trees.ancestors, self.choose(logits), trees.path_length)
+        count, ended = self.trim(walked, self.end_tokens, self.remaining)
+        count = torch.where(self.finished, 0, count)
+        steps = torch.arange(trees.path_length, device=self.device)
+        self._move(self.lengths[:, None] + walked.path, self.lengths[:, None] + steps)
+        self.lengths += count
+        self.positions += count
+        self.remaining -= count
+        self.finished |= ended
+        last = count.clamp(min=1)[:, None] - 1
+        step = DeviceStep(
+            tokens=trees.tokens,
+            logits=logits,
+            hidden_states=self.hidden[-1] if "hidden_states" in self.requires else None,
+            path=torch.where(steps < count[:, None], walked.path, walked.path.gather(1, last)),
+            count=count.clamp(min=1),
+            roots=walked.emitted.gather(1, last)[:, 0],
+            lengths=self.lengths,
+            positions=self.positions,
+            cache=self.cache,
+        )
+        return step, torch.cat([walked.emitted, count[:, None], self.finished[:, None].long()], dim=1)
+
+    def _move(self, sources: Tensor, targets: Tensor) -> None:
+        sources, targets = sources.clamp(max=self.capacity - 1), targets.clamp(max=self.capacity - 1)
+        if self.mover is None and self.device.type == "cuda":
+            from heedful.decoding.move_rows import RowMover
+
+            states = [s for layer in self.cache.own_layers for s in (layer.keys, layer.values)]
+            shapes = {s.shape for s in cast(list[Tensor], states)}
+            movers = [RowMover([s for s in cast(list[Tensor], states) if s.shape == shape]) for shape in shapes]
+            self.mover = movers
+        if self.mover is None:
+            self.cache.move(self.rows, sources, targets)
+            return
+        for mover in self.mover:
+            mover(sources, targets)
+
+    def draft(self, step: DeviceStep) -> None:
+        """The drafter learns from a step and writes the next trees."""
+        assert self.drafter is not None
+        trees = self.trees_of(len(self.drafter.parents), self.drafter.parents)
+        trees.tokens.copy_(self.drafter.advance(step))
+
+    def step_of(self, nodes: int) -> CapturedStep:
+        if nodes not in self.steps:
+            parents = None if self.drafter is None else self.drafter.parents
+            self.steps[nodes] = CapturedStep(self, self.trees_of(nodes, parents))
+        return self.steps[nodes]
+
+
+class CapturedStep:
+    """One bucket's step: the first two runs are eager (they compile what there is to compile), then it is captured."""
+
+    def __init__(self, session: Session, trees: Trees) -> None:
+        self.session, self.trees = session, trees
+        self.runs = 0
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.step: DeviceStep
+        self.report: Tensor
+        cuda = session.device.type == "cuda"
+        self.hosts = [
+            torch.zeros(session.batch, trees.path_length + 2, dtype=torch.long, pin_memory=cuda) for _ in range(2)
+        ]
+        self.events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] if cuda else [] for _ in range(2)]
+
+    def launch(self) -> int:
+        """Starts one step; returns the slot to `read` it from."""
+        session, slot = self.session, self.runs % 2
+        events = self.events[slot]
+        if events:
+            events[0].record()
+        if self.graphs:
+            self.graphs[0].replay()
+        elif session.capture and self.runs >= 2:
+            self._capture()
+            self.graphs[0].replay()
+        else:
+            with self._attached():
+                self.step, self.report = session.verify(self.trees)
+        if events:
+            events[1].record()
+        if session.drafter is not None:
+            if len(self.graphs) > 1:
+                self.graphs[1].replay()
+            else:
+                session.draft(self.step)
+        self.hosts[slot].copy_(self.report, non_blocking=True)
+        if events:
+            events[2].record()
+        self.runs += 1
+        return slot
+
+    def read(self, slot: int) -> tuple[list[list[int]], float, float]:
+        """Waits for a step: per row the emitted tokens, count and whether it has ended; seconds of verify and draft."""
+        verify = draft = 0.0
+        if events := self.events[slot]:
+            events[2].synchronize()
+            verify, draft = (events[i].elapsed_time(events[i + 1]) / 1e3 for i in range(2))
+        return self.hosts[slot].tolist(), verify, draft
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        with attach(self.session.model, TreeAttention(self.session)), torch.no_grad():
+            with _hidden_states_of(self.session):
+                yield
+
+    def _capture(self) -> None:
+        began = perf_counter()
+        session = self.session
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with self._attached(), torch.cuda.graph(graph, pool=session.pool):
+            self.step, self.report = session.verify(self.trees)
+        self.graphs.append(graph)
+        if session.drafter is not None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.no_grad(), torch.cuda.graph(graph, pool=session.pool):
+                session.draft(self.step)
+            self.graphs.append(graph)
+        session.capture_seconds += perf_counter() - began
+
+
+@contextmanager
+def _hidden_states_of(session: Session) -> Iterator[None]:
+    if "hidden_states" not in session.requires:
+        yield
+        return
+    with _hidden_states(session.model, session.requires, session.hidden):
+        yield
+
+
+class GraphEngine(Engine):
+    """`Engine` with the steps of a `Session`. Takes what `unsupported` lets through; batch, padding and drafters alike."""
+
+    def __init__(self, *arguments: Any, compile: bool = False, capture: bool = True, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        drafter = self.drafter
+        room = BUCKETS[-1] if drafter is not None else 1
+        capacity = -(-(cast(int, self.max_length) + room) // ROWS) * ROWS
+        sampler = tuple((type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.select.processors)
+        key = (self.batch, capacity, None if drafter is None else id(drafter), self.config.do_sample, sampler,
+               compile, capture, self.model.dtype, model_device(self.model))  # fmt: skip
+        known = _sessions.setdefault(self.model, OrderedDict())
+        if key in known:
+            known.move_to_end(key)
+        else:
+            while len(known) >= _KEPT:
+                known.popitem(last=False)
+            known[key] = Session(
+                self.model,
+                self.batch,
+                capacity,
+                drafter=Plain() if drafter is None else drafter.on_device(self.model, self.batch, capacity),
+                requires=self.requires,
+                processors=copy.deepcopy(self.select.processors),
+                do_sample=bool(self.config.do_sample),
+                compile=compile,
+                capture=capture,
+            )
+            known[key].owner = drafter  # type: ignore[attr-defined]  # its id is part of the key
+        self.session = known[key]
+        self.session.cache.restart()
+        self.cache = cast(Any, self.session.cache)
+
+    def run(self) -> tuple[LongTensor, Any]:
+        if self.drafter is not None:
+            self.drafter.begin(self.model, self.batch)
+        if self.session.drafter is not None:
+            self.session.drafter.begin()
+        with _hidden_states(self.model, self.requires) as hidden:
+            started = perf_counter()
+            self.read_prompt(hidden)
+            self._first_draft(hidden)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.stats.prefill_seconds = perf_counter() - started
+        capturing = self.session.capture_seconds
+        if self.session.drafter is not None:
+            self._run_ahead()
+        else:
+            while active := self.active_rows():
+                self._step_from_host(active)
+        self.stats.capture_seconds = self.session.capture_seconds - capturing
+        if self.streamer is not None:
+            self.streamer.end()
+        self.session.cache.restart()
+        return self.finish()
+
+    def prefill_drafter(self, outputs: DraftingOutputs) -> None:
+        assert self.drafter is not None
+        (self.session.drafter or self.drafter).prefill(self.input_ids, outputs)
+
+    def _first_draft(self, hidden: list[Tensor]) -> None:
+        self.session.begin(self)
+        if self.session.drafter is None:
+            return
+        ones = torch.ones(self.batch, dtype=torch.long, device=self.session.device)
+        step = DeviceStep(
+            tokens=self.input_ids[:, -1:].to(self.session.device),
+            logits=self.last_logits[:, None],
+            hidden_states=hidden[-1][:, -1:] if hidden else None,
+            path=torch.zeros_like(ones)[:, None],
+            count=ones,
+            roots=self.roots().to(self.session.device),
+            lengths=self.session.lengths,
+            positions=self.session.positions,
+            cache=self.session.cache,
+        )
+        self.session.draft(step)
+
+    def _run_ahead(self) -> None:
+        """Without a host in the loop: the next step starts before the last one is read."""
+        session = self.session
+        step = session.step_of(len(cast(DeviceDrafter, session.drafter).parents))
+        waiting: list[int] = []
+        clock = perf_counter()
+        while self.active_rows():
+            waiting.append(step.launch())
+            if len(waiting) == 2 or not session.capture:
+                clock = self._take(step, waiting.pop(0), None, clock)
+        for slot in waiting:  # a step too many, in which nothing happened
+            step.read(slot)
+
+    def _step_from_host(self, active: list[int]) -> None:
+        began = perf_counter()
+        trees = [self._fit(tree) for tree in self.draft(active)]
+        nodes = max(tree.shape.size for tree in trees if tree is not None)
+        step = self.session.step_of(next(bucket for bucket in BUCKETS if bucket >= nodes))
+        step.trees.put(trees)
+        slot = step.launch()
+        self._take(step, slot, trees, began)
+
+    @staticmethod
+    def _fit(tree: VerifiedTree | None) -> VerifiedTree | None:
+        return None if tree is None else tree.limit(DEEPEST, BUCKETS[-1])
+
+    def _take(
+        self, step: CapturedStep, slot: int, trees: Sequence[VerifiedTree | None] | None, began: float
+    ) -> float:
+        """Reads a step and hands its tokens on; returns the time."""
+        asked = perf_counter()
+        rows, verify, draft = step.read(slot)
+        came = perf_counter()
+        paths: list[list[int]] = []
+        for row, (*emitted, count, _) in enumerate(rows):
+            if self.stopped[row] is not None:
+                paths.append([])
+                continue
+            for token in emitted[:count]:
+                self.emit(row, token)
+            length = len(self.tokens[row])
+            self.cached[row] += count
+            if self.stop.simple(self.tokens[row][-1], length):
+                self.stopped[row] = length
+            self.emitted[row].append(count)
+            path = [0] * count
+            if trees is not None and (tree := trees[row]) is not None:
+                path = self._nodes(tree, emitted[:count])
+                self._count(tree, path)
+            else:
+                self._count_depth(step.trees.path_length - 1, count)
+            paths.append(path)
+        if trees is not None and self.learns and self.drafter is not None:
+            self.drafter.update(
+                [None if tree is None else tree.source for tree in trees],
+                DraftingOutputs(
+                    logits=step.step.logits if "logits" in self.requires else None,
+                    hidden_states=step.step.hidden_states,
+                    cache=self.cache if "cache" in self.requires else None,
+                ),
+                paths,
+                self.roots(),
+            )
+        done = perf_counter()
+        self.stats.steps += 1
+        if verify == 0.0:
+            verify = came - asked
+        self.stats.verify_seconds += verify
+        if trees is None:
+            self.stats.draft_seconds += draft
+            self.stats.commit_seconds += max(0.0, done - began - verify - draft)
+        else:
+            self.stats.commit_seconds += 0.0
+            self.stats.draft_seconds += max(0.0, done - began - verify)
+        return done
+
+    @staticmethod
+    def _nodes(tree: VerifiedTree, emitted: list[int]) -> list[int]:
+        """The nodes along which the tokens were emitted."""
+        path = [0]
+        for token in emitted[:-1]:
+            child = tree.child(path[-1], token)
+            assert child is not None
+            path.append(child)
+        return path
+
+    def _count_depth(self, depth: int, count: int) -> None:
+        missing = max(0, depth - len(self.offered))
+        self.offered += [0] * missing
+        self.reached += [0] * missing
+        for level in range(depth):
+            self.offered[level] += 1
+            self.reached[level] += level < count - 1
