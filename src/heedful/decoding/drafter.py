@@ -128,10 +128,15 @@ class DeviceDrafter(ABC):
     the last prompt token: n = m = 1), and then in every step.
 
     Attributes:
-        parents: the shape of every tree: ``parents[0] == -1`` and ``0 <= parents[i] < i``.
+        parents: the shape of every tree, ``parents[0] == -1`` and ``0 <= parents[i] < i``; or None: every tree has its own,
+            which `advance` returns.
+        num_nodes: nodes of every tree, the root included.
+        max_depth: the deepest node that a tree may have.
     """
 
-    parents: tuple[int, ...]
+    parents: tuple[int, ...] | None
+    num_nodes: int
+    max_depth: int
 
     def begin(self) -> None:
         """A generate begins: resets, in place, what belongs to one generate."""
@@ -140,5 +145,10 @@ class DeviceDrafter(ABC):
         """The prompt has been read (not captured); as `Drafter.prefill`."""
 
     @abstractmethod
-    def advance(self, step: DeviceStep) -> Tensor:
-        """Learns from a verification and drafts the next trees: tokens ``(B, len(parents))`` int64, ``step.roots`` first."""
+    def advance(self, step: DeviceStep) -> Tensor | tuple[Tensor, Tensor]:
+        """Learns from a verification and drafts the next trees.
+
+        Returns:
+            tokens ``(B, num_nodes)`` int64, ``step.roots`` first; where `parents` is None also parents ``(B, num_nodes)``
+            int64, in which nodes that are not used have -1.
+        """

@@ -126,7 +126,7 @@ class TreeAttention(Kernel):
 class Plain(DeviceDrafter):
     """No draft: the tree is the root."""
 
-    parents = (-1,)
+    parents, num_nodes, max_depth = (-1,), 1, 0
 
     def advance(self, step: DeviceStep) -> Tensor:
         return step.roots[:, None]
@@ -135,11 +135,13 @@ class Plain(DeviceDrafter):
 class Trees:
     """The buffers of one bucket's trees."""
 
-    def __init__(self, batch: int, nodes: int, device: torch.device, parents: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, batch: int, nodes: int, device: torch.device, parents: Sequence[int] | None = None, depth: int = DEEPEST
+    ) -> None:
         self.tokens = torch.zeros(batch, nodes, dtype=torch.long, device=device)
         self.parents = torch.full((batch, nodes), -1, device=device)
         self.ancestors = torch.eye(nodes, dtype=torch.bool, device=device).repeat(batch, 1, 1)
-        self.path_length = min(nodes, DEEPEST + 1)
+        self.path_length = min(nodes, depth + 1)
         if parents is not None:
             shape = topology(tuple(parents))
             self.parents[:] = torch.tensor(parents, device=device)
@@ -231,9 +233,11 @@ class Session:
         self.padding.copy_(torch.tensor(engine.padding))
         self.end_tokens.copy_(torch.tensor([*engine.stop.eos, *[-1] * (_END_TOKENS - len(engine.stop.eos))]))
 
-    def trees_of(self, nodes: int, parents: Sequence[int] | None = None) -> Trees:
+    def trees_of(self, nodes: int) -> Trees:
         if nodes not in self.trees:
-            self.trees[nodes] = Trees(self.batch, nodes, self.device, parents)
+            drafter = self.drafter
+            shape = (None, DEEPEST) if drafter is None else (drafter.parents, drafter.max_depth)
+            self.trees[nodes] = Trees(self.batch, nodes, self.device, *shape)
         return self.trees[nodes]
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -318,13 +322,17 @@ class Session:
     def draft(self, step: DeviceStep) -> None:
         """The drafter learns from a step and writes the next trees."""
         assert self.drafter is not None
-        trees = self.trees_of(len(self.drafter.parents), self.drafter.parents)
-        trees.tokens.copy_(self.drafter.advance(step))
+        trees = self.trees_of(self.drafter.num_nodes)
+        drafted = self.drafter.advance(step)
+        if isinstance(drafted, tuple):
+            drafted, parents = drafted
+            trees.parents.copy_(parents)
+            trees.ancestors.copy_(ancestors_of(parents))
+        trees.tokens.copy_(drafted)
 
     def step_of(self, nodes: int) -> CapturedStep:
         if nodes not in self.steps:
-            parents = None if self.drafter is None else self.drafter.parents
-            self.steps[nodes] = CapturedStep(self, self.trees_of(nodes, parents))
+            self.steps[nodes] = CapturedStep(self, self.trees_of(nodes))
         return self.steps[nodes]
 
 
@@ -491,7 +499,7 @@ class GraphEngine(Engine):
     def _run_ahead(self) -> None:
         """Without a host in the loop: the next step starts before the last one is read."""
         session = self.session
-        step = session.step_of(len(cast(DeviceDrafter, session.drafter).parents))
+        step = session.step_of(cast(DeviceDrafter, session.drafter).num_nodes)
         waiting: list[int] = []
         clock = perf_counter()
         while self.active_rows():
