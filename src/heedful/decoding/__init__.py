@@ -8,6 +8,7 @@ generate (the public functions); then the drafters: prompt_lookup, token_recycli
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.generate import Generation, custom_generate, generate
 from heedful.decoding.prompt_lookup import PromptLookup
+from heedful.decoding.sequence import Sequence
 from heedful.decoding.stats import DecodingStats
 from heedful.decoding.token_recycling import TokenRecycling
 from heedful.decoding.tree import DraftTree
@@ -21,6 +22,7 @@ __all__ = [
     "DraftingOutputs",
     "Generation",
     "PromptLookup",
+    "Sequence",
     "TokenRecycling",
     "custom_generate",
     "generate",

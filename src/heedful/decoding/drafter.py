@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,9 +38,11 @@ class Drafter:
     Attributes:
         requires: what the engine hands to `update` and `prefill`: a subset of ``"logits"``, ``"hidden_states"`` (after the
             final norm), ``"prompt_logits"``, ``"prompt_hidden_states"`` and ``"cache"``. Only that is computed.
+        joins_forward: whether the drafter takes part in the model's forward itself, which then runs in the eager engine.
     """
 
     requires: frozenset[str] = frozenset()
+    joins_forward: bool = False
 
     def begin(self, model: PreTrainedModel, batch_size: int) -> None:
         """Called once per generate, before the prompt is read. What was learned before stays."""
@@ -120,7 +121,7 @@ class DeviceStep:
     cache: Cache
 
 
-class DeviceDrafter(ABC):
+class DeviceDrafter:
     """A drafter inside the captured step of the CUDA-graph engine: trees of one fixed shape, made by tensor operations.
 
     `advance` is captured once and replayed: no host synchronisation, no data-dependent Python, no shape that changes, and
@@ -144,7 +145,6 @@ class DeviceDrafter(ABC):
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
         """The prompt has been read (not captured); as `Drafter.prefill`."""
 
-    @abstractmethod
     def advance(self, step: DeviceStep) -> Tensor | tuple[Tensor, Tensor]:
         """Learns from a verification and drafts the next trees.
 
@@ -152,3 +152,4 @@ class DeviceDrafter(ABC):
             tokens ``(B, num_nodes)`` int64, ``step.roots`` first; where `parents` is None also parents ``(B, num_nodes)``
             int64, in which nodes that are not used have -1.
         """
+        raise NotImplementedError(f"{type(self).__name__} is a DeviceDrafter and must define advance()")

@@ -58,7 +58,7 @@ def _few_rows(x, w0, w1, w2, y0, y1, y2, n0, n1, n2, k, m, M: tl.constexpr, N: t
     tl.store(at, total.to(y.dtype.element_ty), mask=inputs[:, None] < m)
 
 
-def _ours(x: Tensor, weights: list[Tensor]) -> Callable[..., Any] | None:
+def _ours(x: Tensor, weights: list[Tensor]) -> Any:
     """The kernel for these sizes, or None where cuBLAS is as good or the sizes do not fit."""
     rows, k = x.numel() // x.shape[-1], x.shape[-1]
     fits = (
@@ -69,7 +69,13 @@ def _ours(x: Tensor, weights: list[Tensor]) -> Callable[..., Any] | None:
     )
     if fits and rows == 1 and k % 512 == 0:
         return _one_row
-    if fits and 1 < rows <= _MOST_ROWS and len(weights) > 1 and k % 128 == 0 and all(w.shape[0] % 64 == 0 for w in weights):
+    if (
+        fits
+        and 1 < rows <= _MOST_ROWS
+        and len(weights) > 1
+        and k % 128 == 0
+        and all(w.shape[0] % 64 == 0 for w in weights)
+    ):
         return _few_rows
     return None
 

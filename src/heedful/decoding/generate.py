@@ -175,7 +175,6 @@ class _Run:
             return GenerateDecoderOnlyOutput(sequences=sequences)  # type: ignore[arg-type]
         return sequences
 
-
     def _engine_class(
         self,
         model: PreTrainedModel,
@@ -185,7 +184,9 @@ class _Run:
     ) -> Callable[..., Engine]:
         if self.engine == "eager" or (self.engine == "auto" and model_device(model).type != "cuda"):
             if self.compile:
-                raise ValueError("compile=True compiles steps of the graph engine, which needs the model on a CUDA device")
+                raise ValueError(
+                    "compile=True compiles steps of the graph engine, which needs the model on a CUDA device"
+                )
             return Engine
         from heedful.decoding.graph import GraphEngine, unsupported
 

@@ -35,7 +35,7 @@ from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, Draftin
 from heedful.decoding.engine import Engine, _hidden_states
 from heedful.decoding.selection import StopChecker
 from heedful.decoding.support import model_device
-from heedful.decoding.tree import DraftTree, VerifiedTree, topology
+from heedful.decoding.tree import VerifiedTree, topology
 from heedful.seam import AttentionCall, Kernel, Verification, attach
 
 #: Nodes that trees are padded to, the root included. Larger trees are cut to the last one.
@@ -67,7 +67,7 @@ def unsupported(
         return "the model is spread over several devices"
     if Verification(model).attached:
         return "parts are attached to the model"
-    if drafter is not None and type(drafter).verifying is not Drafter.verifying:
+    if drafter is not None and drafter.joins_forward:
         return f"{type(drafter).__name__} takes part in the model's forward"
     heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if heads not in _HEAD_SIZES:
@@ -388,9 +388,9 @@ class CapturedStep:
 
     @contextmanager
     def _attached(self) -> Iterator[None]:
-        with attach(self.session.model, TreeAttention(self.session)), torch.no_grad():
-            with _hidden_states_of(self.session):
-                yield
+        part = TreeAttention(self.session)
+        with attach(self.session.model, part), torch.no_grad(), _hidden_states_of(self.session):
+            yield
 
     def _capture(self) -> None:
         began = perf_counter()
@@ -522,9 +522,7 @@ class GraphEngine(Engine):
     def _fit(tree: VerifiedTree | None) -> VerifiedTree | None:
         return None if tree is None else tree.limit(DEEPEST, BUCKETS[-1])
 
-    def _take(
-        self, step: CapturedStep, slot: int, trees: Sequence[VerifiedTree | None] | None, began: float
-    ) -> float:
+    def _take(self, step: CapturedStep, slot: int, trees: Sequence[VerifiedTree | None] | None, began: float) -> float:
         """Reads a step and hands its tokens on; returns the time."""
         asked = perf_counter()
         rows, verify, draft = step.read(slot)

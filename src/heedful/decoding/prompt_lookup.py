@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import LongTensor
+from transformers import PreTrainedModel
 
-from heedful.decoding.drafter import Drafter
+from heedful.decoding.drafter import DeviceDrafter, Drafter
+from heedful.decoding.support import model_device
 from heedful.decoding.tree import DraftTree
 
 
@@ -49,6 +51,11 @@ class PromptLookup(Drafter):
 
     def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None]:
         return [self._lookup(int(root), row.numpy()) for root, row in zip(roots, committed, strict=True)]
+
+    def on_device(self, model: PreTrainedModel, batch_size: int, capacity: int) -> DeviceDrafter:
+        from heedful.decoding.on_device import LookupOnDevice
+
+        return LookupOnDevice(batch_size, capacity, self.num_tokens, self.max_ngram_size, model_device(model))
 
     def _lookup(self, root: int, tokens: np.ndarray) -> DraftTree | None:
         ends = np.flatnonzero(tokens == root)  # earlier occurrences of the 1-gram

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from safetensors.numpy import load_file, save_file
 from torch import LongTensor, Tensor
 from transformers import PreTrainedModel
 
-from heedful.decoding.drafter import Drafter, DraftingOutputs
+from heedful.decoding.drafter import DeviceDrafter, Drafter, DraftingOutputs
 from heedful.decoding.sizing import forward_costs
-from heedful.decoding.support import vocabulary_size
+from heedful.decoding.support import model_device, vocabulary_size
 from heedful.decoding.tree import DraftTree
+
+if TYPE_CHECKING:
+    from heedful.decoding.on_device import RecyclingOnDevice
 
 #: The paper's template: how many children each node has. A node is the path of candidate ranks that leads to it.
 _CHILDREN: dict[tuple[int, ...], int] = {
@@ -38,6 +41,8 @@ PAPER_TEMPLATE: tuple[tuple[int, ...], ...] = tuple(
     sorted(((*path, rank) for path, count in _CHILDREN.items() for rank in range(count)), key=lambda p: (len(p), p))
 )
 
+#: Nodes of a tree on a GPU, the root included: there that many rows cost about as much as one.
+NODES_ON_DEVICE = 64
 _UNSEEN = -1
 # What an acceptance rate is measured for: how well drafting goes right now; what last followed the two tokens before the
 # candidate (nothing known, the candidate, another token); what became of the node that wrote the candidate (rejected;
@@ -125,6 +130,7 @@ class TokenRecycling(Drafter):
         self._costs: np.ndarray | None = None
         self._pace: np.ndarray
         self._noted: list[int] = []
+        self._on_device: RecyclingOnDevice | None = None
         self.clear()
 
     # Drafter ----------------------------------------------------------------------------------------------------------
@@ -144,7 +150,8 @@ class TokenRecycling(Drafter):
         self._noted = [0] * batch_size
         self._previous = np.full(batch_size, _UNSEEN)
         self._costs = None
-        if self.max_nodes == "auto" and len(self.template):
+        on_device = self._on_device is not None and self._on_device.tokens.device == model_device(model)
+        if self.max_nodes == "auto" and len(self.template) and not on_device:
             self._costs = forward_costs(model, batch_size, len(self.template) + 1) / batch_size
 
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
@@ -192,11 +199,41 @@ class TokenRecycling(Drafter):
             if self._costs is not None:
                 self._pace = _MEMORY * self._pace + np.array([len(path), self._costs[len(tokens) - 1]])
 
+    def on_device(self, model: PreTrainedModel, batch_size: int, capacity: int) -> DeviceDrafter | None:
+        """One matrix on the model's device, for all graphs of this drafter; None with a matrix for each row."""
+        from heedful.decoding.on_device import RecyclingOnDevice
+
+        if not self.share_rows or not len(self.template) or self.max_nodes == 0:
+            return None
+        device, vocabulary = model_device(model), _tokens_with_logits(model)
+        nodes = NODES_ON_DEVICE if self.max_nodes == "auto" else int(self.max_nodes) + 1
+        fresh = RecyclingOnDevice(self.template, vocabulary, self.num_candidates, nodes, device)
+        if self._on_device is not None and self._on_device.tokens.shape == fresh.tokens.shape:
+            fresh.tokens, fresh.shares = self._on_device.tokens, self._on_device.shares
+        elif self.matrices:
+            fresh.tokens.copy_(torch.from_numpy(self.matrices[0].tokens))
+            fresh.shares.copy_(torch.from_numpy(self.matrices[0].shares()))
+        self._on_device = fresh
+        return fresh
+
+    def _from_device(self) -> None:
+        """Brings what was learned on the device into the host's matrix."""
+        if self._on_device is None:
+            return
+        tokens, shares = self._on_device.tokens.cpu().numpy(), self._on_device.shares.cpu().numpy()
+        if not self.matrices:
+            self.matrices = [AdjacencyMatrix(tokens.shape[0], self.num_candidates)]
+        seen = np.flatnonzero(tokens[:, 0] != _UNSEEN)
+        self.matrices[0].write(seen, tokens[seen], shares[seen], np.full(len(seen), _UNSEEN))
+
     # State ------------------------------------------------------------------------------------------------------------
 
     def clear(self) -> None:
         """Forgets the matrix and the measured acceptance rates."""
         self.matrices = []
+        if self._on_device is not None:  # in place: captured graphs read it
+            self._on_device.tokens.fill_(_UNSEEN)
+            self._on_device.shares.zero_()
         self._costs = None
         self._pace = np.zeros(2)  # decayed tokens and seconds: what a larger tree has to beat
         self._recent = np.zeros(0)  # tokens per step of each row lately
@@ -209,6 +246,7 @@ class TokenRecycling(Drafter):
         Raises:
             ValueError: nothing has been learned yet.
         """
+        self._from_device()
         if not self.matrices:
             raise ValueError("there is nothing to save: this TokenRecycling has not been used in a generate yet")
         arrays = [matrix.state() for matrix in self.matrices]
@@ -231,6 +269,39 @@ class TokenRecycling(Drafter):
             matrix = AdjacencyMatrix(vocabulary, k)
             matrix.restore({name: array[row] for name, array in arrays.items()})
             self.matrices.append(matrix)
+        if self._on_device is not None:
+            if self._on_device.tokens.shape != self.matrices[0].tokens.shape:
+                raise ValueError(f"{path} holds {vocabulary} tokens, this drafter is in use with another vocabulary")
+            self._on_device.tokens.copy_(torch.from_numpy(self.matrices[0].tokens))
+            self._on_device.shares.copy_(torch.from_numpy(self.matrices[0].shares()))
+        return self
+
+    def warm(
+        self, tokens: LongTensor, model: PreTrainedModel, batch_size: int = 8, length: int = 512
+    ) -> TokenRecycling:
+        """Fills the matrix from a corpus, so that the first prompt finds it warm; returns the drafter itself.
+
+        Args:
+            tokens: ``(n,)`` token ids of text like that to come. A few ten thousand cover most of what is frequent.
+            model: the model that will decode.
+            batch_size: rows of a forward.
+            length: tokens of a row.
+        """
+        self.begin(model, 1)
+        rows = tokens.flatten()[: len(tokens.flatten()) // length * length].view(-1, length)
+        if len(rows) == 0:
+            raise ValueError(f"warm needs at least {length} tokens (or a smaller length), got {len(tokens.flatten())}")
+        matrix = self._matrix(0)
+        with torch.no_grad():
+            for batch in rows.split(batch_size):
+                logits = model(input_ids=batch.to(model_device(model)), use_cache=False).logits
+                for row, row_logits in zip(batch.cpu().numpy(), logits, strict=True):
+                    candidates, shares = matrix.candidates(row_logits)
+                    matrix.write(row, candidates, shares, np.append(row[1:], _UNSEEN))
+                    matrix.note(row)
+        if self._on_device is not None:
+            self._on_device.tokens.copy_(torch.from_numpy(matrix.tokens))
+            self._on_device.shares.copy_(torch.from_numpy(matrix.shares()))
         return self
 
     # Reading a draft --------------------------------------------------------------------------------------------------
@@ -372,6 +443,11 @@ class AdjacencyMatrix:
         logits = logits[..., : self.vocabulary].float()
         top, tokens = logits.topk(min(self.num_candidates, logits.shape[-1]), dim=-1)
         return tokens.cpu().numpy(), top.softmax(-1).cpu().numpy()
+
+    def shares(self) -> np.ndarray:
+        """Each entry's share of its token's top-k probability ``(V, k)`` float32, as finely as it is kept."""
+        shares = ((self.codes % _BUCKETS) + 0.5) / _BUCKETS * (self.tokens != _UNSEEN)
+        return shares.astype(np.float32)
 
     def write(self, tokens: np.ndarray, candidates: np.ndarray, shares: np.ndarray, followers: np.ndarray) -> None:
         """Sets the successors of ``tokens (n,)``; of a token that occurs twice, the last one stays.
