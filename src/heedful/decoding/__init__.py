@@ -2,11 +2,13 @@
 
 Read in this order: tree (what is proposed), drafter (who proposes), engine (draft, verify, walk, commit), masks and cache
 (what makes one forward verify many continuations), selection (generate's own choices), support (what is refused and why),
-generate (the public functions); then the drafters: prompt_lookup, token_recycling.
+generate (the public functions), graph with device_walk, move_rows and fused_linear (the same on a GPU, as CUDA graphs); then
+the drafters: prompt_lookup, token_recycling (both with their form in on_device), sequence, and those with weights (trained).
 """
 
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.generate import Generation, custom_generate, generate
+from heedful.decoding.graph import release_graphs
 from heedful.decoding.prompt_lookup import PromptLookup
 from heedful.decoding.sequence import Sequence
 from heedful.decoding.stats import DecodingStats
@@ -26,4 +28,5 @@ __all__ = [
     "TokenRecycling",
     "custom_generate",
     "generate",
+    "release_graphs",
 ]

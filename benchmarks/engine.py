@@ -1,0 +1,213 @@
+"""The engine on a GPU against transformers' generate and the memory limit: Llama-8B shape, random weights, bf16, batch 1.
+
+    python benchmarks/engine.py [--layers 32] [--tokens 256] [--prompt 128] [--skip-peers] [--out FILE]
+
+All in one run: reading the weights once, `generate` with a dynamic cache, `generate` with a static cache and torch.compile,
+heedful's plain loop (graph, and graph with compile), a verify step of 64 nodes, and an oracle drafter that replays a known
+continuation with 1, 2 or 3 right tokens below the root (2, 3, 4 tokens a step). Prints a table, writes
+``reproductions/results/engine-<device>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import heedful
+from heedful.decoding import DeviceDrafter, DeviceStep, Drafter, release_graphs
+
+HERE = Path(__file__).parent
+
+
+class Oracle(Drafter):
+    """Knows the continuation: the first ``right`` tokens of its chain are right, all its other nodes are wrong."""
+
+    def __init__(self, text: Tensor, right: int, nodes: int = 64, vocabulary: int = 128_256) -> None:
+        self.text, self.right, self.nodes, self.vocabulary = text, right, nodes, vocabulary
+
+    def on_device(self, model: Any, batch_size: int, capacity: int) -> DeviceDrafter:
+        return OracleOnDevice(self, capacity)
+
+
+class OracleOnDevice(DeviceDrafter):
+    max_depth = 8
+
+    def __init__(self, oracle: Oracle, capacity: int) -> None:
+        self.oracle, self.num_nodes = oracle, oracle.nodes
+        depth = min(self.max_depth, oracle.nodes - 1)
+        self.max_depth = depth
+        self.parents = (*range(-1, depth), *[0] * (oracle.nodes - depth - 1))
+        self.text = torch.zeros(capacity + 64, dtype=torch.long, device="cuda")
+        self.text[: oracle.text.numel()] = oracle.text
+        # What is added to the true token to make a node wrong.
+        wrong = torch.arange(oracle.nodes, device="cuda") + 1
+        wrong[1 : oracle.right + 1] = 0
+        self.wrong = wrong
+        self.ahead = torch.tensor([*range(depth + 1), *[1] * (oracle.nodes - depth - 1)], device="cuda")
+
+    def advance(self, step: DeviceStep) -> Tensor:
+        tokens = (self.text[step.lengths[:, None] + self.ahead] + self.wrong) % self.oracle.vocabulary
+        return torch.cat([step.roots[:, None], tokens[:, 1:]], dim=1)
+
+
+def seconds(run: Callable[[int], Any], tokens: int, repeats: int = 2) -> float:
+    """Seconds of ``tokens`` decoded tokens: a run with one token more, less a run with one."""
+    best = []
+    for _ in range(repeats):
+        times = []
+        for number in (1, tokens + 1):
+            torch.cuda.synchronize()
+            began = perf_counter()
+            run(number)
+            torch.cuda.synchronize()
+            times.append(perf_counter() - began)
+        best.append(times[1] - times[0])
+    return min(best)
+
+
+def read_once(model: torch.nn.Module) -> float:
+    """Seconds to read all weights that a step reads (without the embedding), in one CUDA graph."""
+    weights = [p.data.flatten().view(torch.float32) for n, p in model.named_parameters() if "embed" not in n]
+    out = torch.zeros(1024, device="cuda")
+
+    def run() -> None:
+        for weight in weights:
+            if weight.numel() % 1024 == 0 and weight.numel() >= 1 << 20:
+                torch.sum(weight.view(1024, -1), dim=1, out=out)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(10):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return sorted(times)[5]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--skip-peers", action="store_true", help="without transformers' own generate")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs a CUDA device")
+    transformers.logging.set_verbosity_error()
+    config = LlamaConfig(
+        vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=arguments.layers,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131_072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, bos_token_id=0, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    ids = torch.randint(0, config.vocab_size, (1, arguments.prompt), device="cuda")
+    mask = torch.ones_like(ids)
+    options = {"do_sample": False, "attention_mask": mask}
+    figures: dict[str, Any] = {}
+    tokens = arguments.tokens
+
+    def note(name: str, value: float, unit: str = "tokens/s") -> None:
+        figures[name] = value
+        print(f"{name:<58}{value:10.2f} {unit}", flush=True)
+
+    limit = 1 / read_once(model)
+    note("weights read once", limit)
+
+    def ours(drafter: Drafter | None, number: int, compile: bool) -> Any:
+        return heedful.generate(model, ids, drafter, engine="graph", compile=compile, max_new_tokens=number, **options)
+
+    for compile in (False, True) if not arguments.no_compile else (False,):
+        name = "graph, compiled" if compile else "graph"
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        began = perf_counter()
+        first = ours(None, 8, compile)
+        note(f"heedful plain, {name}: first call", perf_counter() - began, "s")
+        note(f"heedful plain, {name}: of it capturing", first.stats.capture_seconds, "s")
+        took = seconds(lambda n, c=compile: ours(None, n, c), tokens)
+        note(f"heedful plain, {name}", tokens / took)
+        note(f"heedful plain, {name}: of the read-once rate", tokens / took / limit)
+        note(
+            f"heedful plain, {name}: memory of graphs and cache", (torch.cuda.memory_allocated() - held) / 2**20, "MiB"
+        )
+        plain_step = took / tokens
+        began = perf_counter()
+        wrong = Oracle(torch.zeros(1, dtype=torch.long, device="cuda"), 0)
+        ours(wrong, 8, compile)
+        note(f"64 nodes, {name}: first call", perf_counter() - began, "s")
+        known = ours(wrong, tokens + 64, compile)  # the continuation, as verifying 64 nodes computes it
+        step = known.stats.verify_seconds / known.stats.steps
+        note(f"64 nodes, {name}: verify step", 1e3 * step, "ms")
+        note(f"64 nodes, {name}: over a plain step", step / plain_step, "")
+        for right in (1, 2, 3):
+            oracle = Oracle(known.sequences[0], right)
+            result = ours(oracle, tokens, compile)
+            note(f"oracle of {right + 1}, {name}: tokens a step", result.stats.tokens_per_step, "")
+            note(
+                f"oracle of {right + 1}, {name}", tokens / seconds(lambda n, o=oracle, c=compile: ours(o, n, c), tokens)
+            )
+        release_graphs(model)
+        torch.cuda.empty_cache()
+    if not arguments.skip_peers:
+        model.generate(ids, max_new_tokens=4, **options)
+        generate = 64 / seconds(lambda n: model.generate(ids, max_new_tokens=n, **options), 64, 1)
+        note("transformers generate", generate)
+        compiled = {"cache_implementation": "static"}
+        began = perf_counter()
+        # One length for warm-up and run, so that the cache and the compiled graph are the same.
+        for _ in range(2):
+            model.generate(ids, max_new_tokens=tokens, **options, **compiled)
+        note("transformers generate, static cache, compiled: warm-up", perf_counter() - began, "s")
+        torch.cuda.synchronize()
+        began = perf_counter()
+        model.generate(ids, max_new_tokens=tokens, **options, **compiled)
+        torch.cuda.synchronize()
+        static = tokens / (perf_counter() - began)
+        note("transformers generate, static cache, compiled", static)
+        for name in ("graph", "graph, compiled"):
+            for n in (2, 3, 4):
+                if (speed := figures.get(f"oracle of {n}, {name}")) is not None:
+                    note(f"oracle of {n}, {name}: over generate", speed / generate, "x")
+                    note(f"oracle of {n}, {name}: over compiled generate", speed / static, "x")
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    device = torch.cuda.get_device_name()
+    figures = {
+        "figures": figures,
+        "setting": vars(arguments) | {"out": None},
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "commit": git.stdout.strip() or "unknown",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    out = arguments.out or HERE.parent / "reproductions" / "results" / f"engine-{device.split()[-1].lower()}.json"
+    out.write_text(json.dumps(figures, indent=2) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
