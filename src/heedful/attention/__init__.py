@@ -5,5 +5,6 @@ when `Hq % Hkv == 0`.
 """
 
 from heedful.attention.hip import HiPMask, hip_attention
+from heedful.attention.tree import merge_attention_states, tree_attention
 
-__all__ = ["HiPMask", "hip_attention"]
+__all__ = ["HiPMask", "hip_attention", "merge_attention_states", "tree_attention"]
