@@ -1,0 +1,443 @@
+"""Tree attention in Triton: flash decoding whose tiles of rows hold all nodes and all query heads of a KV head.
+
+`_attend` gives each program one tile of rows and one share of the keys, `_merge` merges the shares by log-sum-exp. The
+tree's keys lie behind the prefix's, so they are the end of the last share: whole blocks of the prefix are read without
+a mask, and only the blocks from there on look at the tree. Grids depend on shapes alone; how many keys there are is
+read on the device, and every program works out its share of them, so a captured CUDA graph serves every length.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = math.log2(math.e)
+
+
+@triton.jit
+def _keys_of_row(
+    prefix_length, prefix_start, batch, nodes, capacity, window, HAS_START: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """P, and the first key that any node sees. Kept inside the tensor whatever the lengths say."""
+    prefix = tl.load(prefix_length + batch).to(tl.int32)
+    prefix = tl.maximum(tl.minimum(prefix, capacity - nodes), 0)
+    start = prefix * 0
+    if HAS_START:
+        start = tl.minimum(tl.maximum(tl.load(prefix_start + batch).to(tl.int32), 0), prefix)
+    if HAS_WINDOW:
+        start = tl.maximum(start, tl.minimum(prefix - window + 1, prefix))
+    return prefix, start
+
+
+@triton.jit
+def _depth(tree_mask, node, nodes, stride_i, stride_j):
+    """How many nodes each node sees, less itself: its depth."""
+    seen = tl.zeros_like(node)
+    for j in range(0, nodes, 16):
+        other = j + tl.arange(0, 16)
+        inside = (node < nodes)[:, None] & (other < nodes)[None, :]
+        sees = tl.load(tree_mask + node[:, None] * stride_i + other[None, :] * stride_j, mask=inside, other=0)
+        seen += tl.sum((sees != 0).to(tl.int32), 1)
+    return tl.maximum(seen - 1, 0)
+
+
+@triton.jit
+def _capped(logits, softcap):
+    # tanh(x) = 1 - 2 / (exp(2 x) + 1); both ends are right when the exponential overflows or vanishes.
+    return softcap - 2 * softcap / (tl.exp2(logits * (2.8853900817779268 / softcap)) + 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "nodes",
+        "rows",
+        "splits",
+        "capacity",
+        "window",
+        "stride_tree_b",
+        "stride_tree_i",
+        "stride_tree_j",
+    ]
+)
+def _attend(
+    query,
+    key,
+    value,
+    tree_mask,
+    prefix_length,
+    prefix_start,
+    output,
+    lse,
+    scale,
+    softcap,
+    nodes,
+    rows,
+    splits,
+    capacity,
+    window,
+    stride_query_b,
+    stride_query_h,
+    stride_query_t,
+    stride_key_b,
+    stride_key_h,
+    stride_value_b,
+    stride_value_h,
+    stride_tree_b,
+    stride_tree_i,
+    stride_tree_j,
+    stride_output_b,
+    stride_output_h,
+    stride_output_t,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    STRIDE_KEY_T: tl.constexpr,
+    STRIDE_VALUE_T: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Tiles come first in program order: those of one share run side by side, and all but one find it in the L2 cache.
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    batch = tl.program_id(2) // KV_HEADS
+    kv_head = tl.program_id(2) % KV_HEADS
+    prefix, start = _keys_of_row(prefix_length, prefix_start, batch, nodes, capacity, window, HAS_START, HAS_WINDOW)
+    end = prefix + nodes
+    blocks = tl.cdiv(end - start, BLOCK_N)
+    share = tl.cdiv(blocks, splits)
+    first = split * share
+    last = tl.minimum(first + share, blocks)
+    if first >= last:
+        return
+    # A block of the prefix alone needs no mask. With a window each row has its own first key: all blocks have one.
+    unmasked = tl.minimum(last, (prefix - start) // BLOCK_N)
+    if HAS_WINDOW:
+        unmasked = first
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = kv_head * GROUP + row // nodes
+    node = row % nodes
+    real = row < rows
+    dims = tl.arange(0, D)
+    columns = tl.arange(0, BLOCK_N)
+    batch = batch.to(tl.int64)
+    query += batch * stride_query_b
+    at = head.to(tl.int64) * stride_query_h + node.to(tl.int64) * stride_query_t
+    q = tl.load(query + at[:, None] + dims[None, :], mask=real[:, None], other=0.0)
+    key += batch * stride_key_b + kv_head.to(tl.int64) * stride_key_h
+    value += batch * stride_value_b + kv_head.to(tl.int64) * stride_value_h
+    tree_mask += batch * stride_tree_b
+
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # of the logits in base 2
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+
+    begin = (start + first * BLOCK_N).to(tl.int64)
+    keys = key + begin * STRIDE_KEY_T + (columns[None, :] * STRIDE_KEY_T + dims[:, None])
+    values = value + begin * STRIDE_VALUE_T + (columns[:, None] * STRIDE_VALUE_T + dims[None, :])
+    for _ in range(first, unmasked):
+        k = tl.load(keys)
+        logits = tl.dot(q, k, input_precision=PRECISION)
+        if HAS_SOFTCAP:
+            logits = _capped(logits * scale, softcap) * 1.4426950408889634
+            new_top = tl.maximum(top, tl.max(logits, 1))
+            weights = tl.exp2(logits - new_top[:, None])
+        else:
+            new_top = tl.maximum(top, tl.max(logits, 1) * (scale * 1.4426950408889634))
+            weights = tl.exp2(logits * (scale * 1.4426950408889634) - new_top[:, None])
+        kept = tl.exp2(top - new_top)
+        total = total * kept + tl.sum(weights, 1)
+        acc = acc * kept[:, None]
+        v = tl.load(values)
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        top = new_top
+        keys += BLOCK_N * STRIDE_KEY_T
+        values += BLOCK_N * STRIDE_VALUE_T
+
+    lowest = prefix * 0 + columns * 0
+    if HAS_WINDOW:
+        depth = _depth(tree_mask, node, nodes, stride_tree_i, stride_tree_j)
+    for block in range(tl.maximum(first, unmasked), last):
+        slot = start + block * BLOCK_N + columns
+        inside = slot < end
+        offset = slot.to(tl.int64)
+        k = tl.load(key + offset[None, :] * STRIDE_KEY_T + dims[:, None], mask=inside[None, :], other=0.0)
+        v = tl.load(value + offset[:, None] * STRIDE_VALUE_T + dims[None, :], mask=inside[:, None], other=0.0)
+        logits = tl.dot(q, k, input_precision=PRECISION) * scale
+        if HAS_SOFTCAP:
+            logits = _capped(logits, softcap)
+        in_tree = inside & (slot >= prefix)
+        other = slot - prefix
+        sees = tl.load(
+            tree_mask + node[:, None] * stride_tree_i + other[None, :] * stride_tree_j,
+            mask=real[:, None] & in_tree[None, :],
+            other=0,
+        )
+        sees = sees != 0
+        in_prefix = (slot < prefix)[None, :]
+        if HAS_WINDOW:
+            lowest = tl.where(
+                in_tree, _depth(tree_mask, tl.where(in_tree, other, nodes), nodes, stride_tree_i, stride_tree_j), 0
+            )
+            sees = sees & (depth[:, None] - lowest[None, :] < window)
+            in_prefix = in_prefix & (slot[None, :] > prefix + depth[:, None] - window)
+        logits = tl.where(in_prefix | sees, logits * 1.4426950408889634, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
+        weights = tl.exp2(logits - finite_top[:, None])
+        kept = tl.exp2(top - finite_top)
+        total = total * kept + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision=PRECISION)
+        top = new_top
+
+    empty = total == 0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    result_lse = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+    at = batch * stride_output_b + head.to(tl.int64) * stride_output_h + node.to(tl.int64) * stride_output_t
+    at += split * D
+    tl.store(output + at[:, None] + dims[None, :], acc.to(output.dtype.element_ty), mask=real[:, None])
+    at = (batch * KV_HEADS + kv_head) * rows + row
+    tl.store(lse + at * splits + split, result_lse, mask=real)
+
+
+@triton.jit(do_not_specialize=["nodes", "splits", "capacity", "window"])
+def _merge(
+    partial,
+    lse,
+    prefix_length,
+    prefix_start,
+    output,
+    nodes,
+    splits,
+    capacity,
+    window,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """One row of the output, `(B, n, Hq, D)` in memory, from its parts `(B, Hq, n, splits, D)`."""
+    node = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    prefix, start = _keys_of_row(prefix_length, prefix_start, batch, nodes, capacity, window, HAS_START, HAS_WINDOW)
+    blocks = tl.cdiv(prefix + nodes - start, BLOCK_N)
+    used = tl.cdiv(blocks, tl.cdiv(blocks, splits))  # the others had no keys and wrote nothing
+    row = ((batch.to(tl.int64) * HEADS + head) * nodes + node) * splits
+    dims = tl.arange(0, D)
+    top = float("-inf")
+    total = 0.0
+    acc = tl.zeros((D,), tl.float32)
+    for at in range(0, used, BLOCK_S):
+        split = at + tl.arange(0, BLOCK_S)
+        inside = split < used
+        part_lse = tl.load(lse + row + split, mask=inside, other=float("-inf"))
+        part = tl.load(partial + (row + split)[:, None] * D + dims[None, :], mask=inside[:, None], other=0.0)
+        new_top = tl.maximum(top, tl.max(part_lse, 0))
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(part_lse - finite_top)
+        kept = tl.exp2(top - finite_top)
+        total = total * kept + tl.sum(weights, 0)
+        acc = acc * kept + tl.sum(part * weights[:, None], 0)
+        top = new_top
+    acc = acc / tl.where(total == 0, 1.0, total)
+    at = ((batch.to(tl.int64) * nodes + node) * HEADS + head) * D
+    tl.store(output + at + dims, acc.to(output.dtype.element_ty))
+
+
+INTERPRETED = not isinstance(_attend, triton.JITFunction)
+
+
+class _Config(NamedTuple):
+    block_m: int  # rows of a tile
+    block_n: int  # keys of a step
+    num_warps: int
+    num_stages: int
+    programs: int  # that one multiprocessor runs at a time: as many shares of the keys are made
+
+
+def _config(rows: int, dim: int, dtype: torch.dtype) -> _Config:
+    if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
+        return _Config(16, 32, 4, 2, 2)
+    wide = 2 if dim > 128 else 1
+    if rows <= 16:
+        return _Config(16, 128 // wide, 4, 3, 2 // wide)
+    if rows <= 32:
+        return _Config(32, 64, 4, 3, 2 // wide)
+    if rows <= 64:
+        return _Config(64, 64, 4, 3, 2 // wide)
+    return _Config(128, 128 // wide, 8, 2, 1)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter's: enough for several shares
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _splits(units: int, slots: int, most: int) -> int:
+    """Shares of the keys for `units` tiles on `slots` places: whole rounds of programs, and few parts to merge."""
+    best, cost = 1, math.inf
+    for splits in range(1, min(most, max(1, 4 * slots // units), 128) + 1):
+        rounds = -(-units * splits // slots)
+        this = rounds / splits * (1 + 0.02 * (rounds - 1)) + 0.0005 * splits / max(1, slots / units)
+        if this < cost * 0.99:
+            best, cost = splits, this
+    return best
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree_mask: Tensor,
+    prefix_length: Tensor,
+    prefix_start: Tensor | None,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> Tensor:
+    """`(B, n, Hq, D)`. window 0: none; softcap 0: none."""
+    batch, heads, nodes, dim = query.shape
+    kv_heads, capacity = key.shape[1:3]
+    # A copy where a row's elements are apart; a cache never is.
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+    group = heads // kv_heads
+    rows = group * nodes
+    config = _config(rows, dim, query.dtype)
+    tiles = -(-rows // config.block_m)
+    slots = _multiprocessors(query.device) * config.programs
+    splits = _splits(batch * kv_heads * tiles, slots, -(-capacity // config.block_n))
+    output = torch.empty((batch, nodes, heads, dim), dtype=query.dtype, device=query.device)
+    lse = torch.empty((batch, heads, nodes, splits), dtype=torch.float32, device=query.device)
+    if splits == 1:
+        partial = output
+        strides = (nodes * heads * dim, dim, heads * dim)
+    else:
+        partial = torch.empty((batch, heads, nodes, splits, dim), dtype=torch.float32, device=query.device)
+        strides = (heads * nodes * splits * dim, nodes * splits * dim, splits * dim)
+    tree = tree_mask.view(torch.uint8)
+    flags = {"HAS_START": prefix_start is not None, "HAS_WINDOW": window > 0}
+    starts = prefix_length if prefix_start is None else prefix_start
+    _attend[(tiles, splits, batch * kv_heads)](
+        query,
+        key,
+        value,
+        tree,
+        prefix_length,
+        starts,
+        partial,
+        lse,
+        scale,
+        softcap,
+        nodes,
+        rows,
+        splits,
+        capacity,
+        window,
+        *query.stride()[:3],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        tree.stride(0) if tree.ndim == 3 else 0,
+        tree.stride(-2),
+        tree.stride(-1),
+        *strides,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        D=dim,
+        STRIDE_KEY_T=key.stride(2),
+        STRIDE_VALUE_T=value.stride(2),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        HAS_SOFTCAP=softcap > 0,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **flags,
+    )
+    if splits > 1:
+        _merge[(nodes, heads, batch)](
+            partial,
+            lse,
+            prefix_length,
+            starts,
+            output,
+            nodes,
+            splits,
+            capacity,
+            window,
+            HEADS=heads,
+            D=dim,
+            BLOCK_N=config.block_n,
+            BLOCK_S=16,
+            num_warps=4 if dim >= 128 else 2,
+            **flags,
+        )
+    return output
+
+
+@torch.library.custom_op("heedful::tree_attention", mutates_args=())
+def tree_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree_mask: Tensor,
+    prefix_length: Tensor,
+    prefix_start: Tensor | None,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> Tensor:
+    return _launch(query, key, value, tree_mask, prefix_length, prefix_start, window, softcap, scale)
+
+
+@tree_attention_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree_mask: Tensor,
+    prefix_length: Tensor,
+    prefix_start: Tensor | None,
+    window: int,
+    softcap: float,
+    scale: float,
+) -> Tensor:
+    batch, heads, nodes, dim = query.shape
+    return query.new_empty((batch, nodes, heads, dim))
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tree_mask: Tensor,
+    prefix_length: Tensor,
+    *,
+    prefix_start: Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+) -> Tensor:
+    arguments = (query, key, value, tree_mask, prefix_length, prefix_start, window or 0, softcap or 0.0, float(scale))
+    if torch.compiler.is_compiling():
+        return tree_attention_op(*arguments).transpose(1, 2)
+    # The registered operator takes tens of microseconds more a call than the kernels of one decoded token.
+    if not query.is_cuda:
+        return _launch(*arguments).transpose(1, 2)
+    with torch.cuda.device(query.device):
+        return _launch(*arguments).transpose(1, 2)
