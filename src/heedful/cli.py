@@ -31,7 +31,7 @@ bench_app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A model of the zoo, a folder, or a hub id.")]
-DRAFTERS = ("none", "prompt-lookup", "token-recycling")
+DRAFTERS = ("none", "prompt-lookup", "token-recycling", "sequence")
 DEFAULT_MODEL = "classics-20m"
 
 
@@ -93,6 +93,8 @@ def _drafter(name: str) -> Drafter | None:
         raise BadInput(f"no drafter {name!r}: there are {', '.join(DRAFTERS)}")
     if name == "none":
         return None
+    if name == "sequence":
+        return decoding.Sequence(decoding.PromptLookup(), decoding.TokenRecycling())
     return decoding.PromptLookup() if name == "prompt-lookup" else decoding.TokenRecycling()
 
 
@@ -286,14 +288,10 @@ def heads(
     seed: Annotated[int, typer.Option(help="Of needles and places.")] = 0,
 ) -> None:
     """Find the retrieval heads of a model."""
-    _check_writable(plot)
     _check_writable(json_path)
-    if plot is not None and plot.suffix not in (".png", ".svg", ".pdf"):
-        raise BadInput(f"cannot write {plot}: the picture's name must end in .png, .svg or .pdf")
     if haystack is not None and not haystack.is_file():
         raise BadInput(f"no haystack {haystack}: there is no such file")
-    if plot is not None:
-        _need_matplotlib()
+    _check_picture(plot)
     loaded, tokenizer = _load(model)
     from heedful.interp import retrieval_scores
 
@@ -308,20 +306,27 @@ def heads(
     if json_path is not None:
         _write_json(json_path, json.loads(scores.to_json()))
     if plot is not None:
-        partial = plot.with_name(f".partial-{plot.name}")
-        try:
-            scores.plot().savefig(partial, dpi=150)
-            partial.replace(plot)
-        finally:
-            partial.unlink(missing_ok=True)
+        _save_picture(plot, scores.plot())
     typer.echo(str(scores))
 
 
-def _need_matplotlib() -> None:
+def _check_picture(path: Path | None) -> None:
     from importlib.util import find_spec
 
-    if find_spec("matplotlib") is None:
+    _check_writable(path)
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise BadInput(f"cannot write {path}: the picture's name must end in .png, .svg or .pdf")
+    if path is not None and find_spec("matplotlib") is None:
         raise BadInput("pictures need matplotlib: pip install 'heedful[plot]'")
+
+
+def _save_picture(path: Path, figure: Any) -> None:
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        figure.savefig(partial, dpi=150)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @bench_app.command("decode")
@@ -334,9 +339,11 @@ def bench_decode(
     per_category: Annotated[int, typer.Option(min=1, help="Questions of each category.")] = 10,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens for each question.")] = 128,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write speed-ups by category as a picture (png, svg, pdf).")] = None,
 ) -> None:
     """Decoding speed of drafters against the plain loop and transformers, on Spec-Bench questions."""
     _check_writable(json_path)
+    _check_picture(plot)
     names = _check_drafter_names(drafters)
     from heedful.decoding import bench
 
@@ -352,6 +359,8 @@ def bench_decode(
         )  # fmt: skip
     if json_path is not None:
         _write_json(json_path, result.to_json())
+    if plot is not None:
+        _save_picture(plot, result.plot())
     typer.echo(result.table())
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, quantiles
 from time import perf_counter
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import LongTensor, Tensor
@@ -23,6 +23,9 @@ from heedful.decoding.drafter import Drafter
 from heedful.decoding.generate import generate
 from heedful.decoding.stats import DecodingStats
 from heedful.decoding.support import model_device
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Spec-Bench's own grouping: everything that is not one of these is a category of MT-bench.
 _SPEC_BENCH = ("translation", "summarization", "qa", "math_reasoning", "rag")
@@ -141,6 +144,29 @@ class DecodeBenchmark:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
+    def plot(self) -> Figure:
+        """Speed-up over the baseline by category, a bar a contestant, with tokens a step in the legend. Needs matplotlib."""
+        import matplotlib.pyplot as plt
+
+        names = list(self.answers)[1:]
+        categories = [*dict.fromkeys(answer.category for answer in next(iter(self.answers.values()))), "all"]
+        figure, axes = plt.subplots(figsize=(2.5 + 1.3 * len(categories), 4.2), layout="constrained")
+        width = 0.8 / max(1, len(names))
+        for i, name in enumerate(names):
+            heights = [self.speedup(name, category=None if c == "all" else c) for c in categories]
+            steps = self._figures(name).get("tokens_per_step")
+            label = name if steps is None else f"{name} ({steps:.2f} tokens a step)"
+            axes.bar(
+                [x + (i - (len(names) - 1) / 2) * width for x in range(len(categories))], heights, width, label=label
+            )
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(categories)), [c.replace("_", " ") for c in categories])
+        axes.set_ylabel(f"times as fast as {next(iter(self.answers))}")
+        axes.set_title(f"{self.setting.get('device', '')}, {self.setting.get('dtype', '')}, batch 1, greedy")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False, fontsize=8)
+        return figure
+
     def _of(self, name: str, category: str | None) -> list[Answer]:
         return [answer for answer in self.answers[name] if category in (None, answer.category)]
 
@@ -162,6 +188,9 @@ class DecodeBenchmark:
             "speedup_of_a_question": {"10%": deciles[0], "median": deciles[4], "90%": deciles[8]},
             "identical": sum(answer.identical for answer in answers),
             "forks": sum(not answer.identical for answer in answers),
+            "fork_rate_per_1000_tokens": 1e3
+            * sum(not answer.identical for answer in answers)
+            / max(1, sum(answer.tokens for answer in answers)),
             "near_ties": sum(answer.fork_gap is not None and answer.fork_gap < self._tie() for answer in answers),
             "largest_fork_gap": max((answer.fork_gap or 0.0 for answer in answers), default=0.0),
         }

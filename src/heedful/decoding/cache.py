@@ -164,6 +164,11 @@ class GraphCache(Cache):
         """Without the layers that share another one's keys."""
         return [layer for layer in self.layers if isinstance(layer, GraphLayer)]
 
+    @property
+    def nbytes(self) -> int:
+        states = [s for layer in self.own_layers for s in (layer.keys, layer.values) if s is not None]
+        return sum(s.numel() * s.element_size() for s in states)
+
     def restart(self) -> None:
         """A new prompt is read into the same tensors."""
         for layer in self.own_layers:

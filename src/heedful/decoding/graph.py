@@ -45,7 +45,8 @@ DEEPEST = 32
 #: Rows of the cache are made in multiples of this, so that the next prompt finds its graphs ready.
 ROWS = 1024
 _END_TOKENS = 8
-_KEPT = 2  # sessions kept a model, the latest ones
+#: Sessions are kept with their model, the latest ones, while their caches take less than this share of the device's memory.
+KEPT_SHARE = 0.1
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _HEAD_SIZES = (64, 128, 256)
 
@@ -99,6 +100,12 @@ def release_graphs(model: PreTrainedModel | None = None) -> None:
         _sessions.clear()
     else:
         _sessions.pop(model, None)
+
+
+def _make_room(known: OrderedDict[tuple[Any, ...], Session], device: torch.device) -> None:
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 33
+    while known and sum(session.cache.nbytes for session in known.values()) > KEPT_SHARE * memory:
+        known.popitem(last=False)
 
 
 class TreeAttention(Kernel):
@@ -432,8 +439,7 @@ class GraphEngine(Engine):
         if key in known:
             known.move_to_end(key)
         else:
-            while len(known) >= _KEPT:
-                known.popitem(last=False)
+            _make_room(known, model_device(self.model))
             known[key] = Session(
                 self.model,
                 self.batch,
