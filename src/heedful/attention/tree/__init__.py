@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ __all__ = ["merge_attention_states", "tree_attention"]
 _IMPLEMENTATIONS = ("auto", "reference", "triton")
 _INTEGERS = (torch.int32, torch.int64)
 
+
+# Looked up once: a traced call must not look.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 def tree_attention(
     query: Tensor,
@@ -183,7 +186,7 @@ def _triton_refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     dim = query.shape[-1]
     if dim not in (16, 32, 64, 128, 256) or value.shape[-1] != dim:
         return f"takes D = Dv = 16, 32, 64, 128 or 256, not D = {dim} and Dv = {value.shape[-1]}"
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "needs the package triton, which is not installed"
     if not query.is_cuda:
         from heedful.attention.tree import triton
@@ -191,13 +194,6 @@ def _triton_refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         if not triton.INTERPRETED:
             return f"runs on CUDA devices, not on {query.device} (or set TRITON_INTERPRET=1 before triton is imported)"
     return None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("triton") is not None
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, tree_mask: Tensor) -> None:
