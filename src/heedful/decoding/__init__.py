@@ -9,10 +9,12 @@ the drafters: prompt_lookup, token_recycling (both with their form in on_device)
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.generate import Generation, custom_generate, generate
 from heedful.decoding.graph import release_graphs
+from heedful.decoding.medusa import Medusa
 from heedful.decoding.prompt_lookup import PromptLookup
 from heedful.decoding.sequence import Sequence
 from heedful.decoding.stats import DecodingStats
 from heedful.decoding.token_recycling import TokenRecycling
+from heedful.decoding.trained import TrainedDrafter
 from heedful.decoding.tree import DraftTree
 
 __all__ = [
@@ -23,9 +25,11 @@ __all__ = [
     "Drafter",
     "DraftingOutputs",
     "Generation",
+    "Medusa",
     "PromptLookup",
     "Sequence",
     "TokenRecycling",
+    "TrainedDrafter",
     "custom_generate",
     "generate",
     "release_graphs",

@@ -18,7 +18,8 @@ class DraftingOutputs:
     Attributes:
         logits: raw logits (before processors, in the model's dtype): ``(B, n, V)`` of a verification, row i is node i of the
             tree (rows past a tree's last node mean nothing); ``(B, T, V)`` of the prompt.
-        hidden_states: hidden states after the final norm, ``(B, n, H)`` or ``(B, T, H)``, rows as for ``logits``.
+        hidden_states: hidden states after the final norm, ``(B, n, H)`` or, of the prompt, ``(B, T, H)``, rows as for
+            ``logits``. Without ``"prompt_hidden_states"`` only the prompt's last row comes, ``(B, 1, H)``.
         cache: the target's cache. In ``prefill`` it holds the prompt; in ``update`` the accepted path has been committed.
         attention_mask: ``(B, T)`` of the prompt, or None without padding. None in ``update``.
     """

@@ -169,7 +169,7 @@ class Engine:
         if self.drafter is not None:
             self.prompt_outputs = DraftingOutputs(
                 logits=torch.cat(logits, dim=1) if whole_logits else None,
-                hidden_states=torch.cat(hidden, dim=1) if "prompt_hidden_states" in self.requires else None,
+                hidden_states=self._prompt_states(hidden),
                 cache=self.cache if "cache" in self.requires else None,
                 attention_mask=self.prompt_mask,
             )
@@ -191,6 +191,11 @@ class Engine:
             self.emit(row, token)
             if self.stop.row(row, self._sequence(row), token, len(self.tokens[row])):
                 self.stopped[row] = len(self.tokens[row])
+
+    def _prompt_states(self, hidden: list[Tensor]) -> Tensor | None:
+        if "prompt_hidden_states" in self.requires:
+            return torch.cat(hidden, dim=1)
+        return hidden[-1][:, -1:] if "hidden_states" in self.requires else None
 
     def prefill_drafter(self, outputs: DraftingOutputs) -> None:
         assert self.drafter is not None

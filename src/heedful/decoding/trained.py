@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from heedful.decoding.drafter import Drafter
+from heedful.decoding.support import model_device
+
+#: Paths of candidate ranks, from the root: the nodes of a cartesian tree.
+RankPaths = Sequence[Sequence[int]]
 
 
 class TrainedDrafter(nn.Module, Drafter, PyTorchModelHubMixin):
@@ -17,6 +24,33 @@ class TrainedDrafter(nn.Module, Drafter, PyTorchModelHubMixin):
     A folder holds ``config.json`` (the constructor's arguments) and ``model.safetensors`` (this module's parameters alone:
     the target model is never a sub-module, so none of its weights are saved or trained by accident).
     """
+
+    #: The constructor's arguments that must fit the model: name -> what the model has.
+    def sizes(self, model: PreTrainedModel) -> dict[str, int]:
+        """What of this drafter has to fit a model: argument names and the model's own values."""
+        text = model.config.get_text_config(decoder=True)
+        return {"hidden_size": text.hidden_size}
+
+    def bind(self, model: PreTrainedModel) -> None:
+        """Makes `model` the target: checks the sizes and moves this module to its device and dtype.
+
+        Raises:
+            ValueError: the drafter was made for a model of other sizes.
+        """
+        for name, size in self.sizes(model).items():
+            if getattr(self, name) != size:
+                raise ValueError(
+                    f"this {type(self).__name__} was made for {name}={getattr(self, name)}, but {type(model).__name__} has "
+                    f"{size}; load the drafter that was trained for this model, or make one with {type(self).__name__}.for_model"
+                )
+        self._target = (model,)  # in a tuple: not a sub-module
+        self.to(device=model_device(model), dtype=model.dtype)
+        self.eval()
+
+    @property
+    def target(self) -> PreTrainedModel:
+        """The model bound last."""
+        return self._target[0]
 
     @abstractmethod
     def loss(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -29,3 +63,109 @@ class TrainedDrafter(nn.Module, Drafter, PyTorchModelHubMixin):
         Returns:
             The scalar loss, and figures to log (detached scalars: losses and accuracies by step ahead).
         """
+
+
+def output_weight(model: PreTrainedModel) -> Tensor:
+    """The output head's weight ``(V, H)``, without rows beyond the vocabulary."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings to draft with")
+    return cast(Tensor, head.weight)
+
+
+class RankTree:
+    """A cartesian tree: a node of depth i with last rank r carries the r-th candidate of step i, whatever its parent is.
+
+    Args:
+        paths: the nodes, without the root; every node's parent must be among them.
+        steps: candidates there are, which bounds the depth.
+        ranks: ranks there are.
+    """
+
+    def __init__(self, paths: RankPaths, steps: int, ranks: int) -> None:
+        nodes: list[tuple[int, ...]] = [(), *sorted({tuple(path) for path in paths})]
+        known = {path: node for node, path in enumerate(nodes)}
+        for path in nodes[1:]:
+            if path[:-1] not in known:
+                raise ValueError(f"tree: the node {path} needs its parent {path[:-1]} in the tree too")
+            if len(path) > steps:
+                raise ValueError(f"tree: the node {path} has depth {len(path)}, but only {steps} steps are drafted")
+            if not 0 <= path[-1] < ranks:
+                raise ValueError(f"tree: the node {path} has a rank outside [0, {ranks})")
+        self.paths = nodes[1:]
+        self.parents: tuple[int, ...] = (-1, *(known[path[:-1]] for path in nodes[1:]))
+        self.ranks = max((path[-1] + 1 for path in nodes[1:]), default=1)
+        self.depth = max((len(path) for path in nodes[1:]), default=0)
+        #: Place of each node's token among the flattened candidates ``(steps, ranks)``.
+        self.places = torch.tensor([(len(path) - 1) * self.ranks + path[-1] for path in nodes[1:]], dtype=torch.long)
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    def fill(self, roots: Tensor, candidates: Tensor) -> Tensor:
+        """Tokens ``(B, n)`` for ``roots (B,)`` and ``candidates (B, steps, ranks)``, best first."""
+        flat = candidates[:, :, : self.ranks].flatten(1)
+        places = self.places.to(flat.device)
+        return torch.cat([roots[:, None], flat[:, places]], dim=1)
+
+
+def best_tree(accuracies: Sequence[Sequence[float]], max_nodes: int) -> list[tuple[int, ...]]:
+    """The tree with the largest expected length that grows by one best node at a time (Medusa's construction).
+
+    Args:
+        accuracies: ``[step][rank]``: how often the candidate of that rank is the model's own token.
+        max_nodes: nodes below the root.
+
+    Returns:
+        Paths of ranks; the tree of n nodes contains that of n - 1.
+    """
+    chosen: list[tuple[int, ...]] = []
+    frontier = {(0,): float(accuracies[0][0])} if len(accuracies) and max_nodes else {}
+    values: dict[tuple[int, ...], float] = {(): 1.0}
+    while frontier and len(chosen) < max_nodes:
+        path = max(frontier, key=lambda p: (frontier[p], [-r for r in p]))
+        values[path] = frontier.pop(path)
+        chosen.append(path)
+        step, rank = len(path) - 1, path[-1]
+        if rank + 1 < len(accuracies[step]):
+            frontier[(*path[:-1], rank + 1)] = values[path[:-1]] * accuracies[step][rank + 1]
+        if step + 1 < len(accuracies):
+            frontier[(*path, 0)] = values[path] * accuracies[step + 1][0]
+    return chosen
+
+
+def expected_length(paths: RankPaths, accuracies: Sequence[Sequence[float]]) -> float:
+    """Expected tokens a step of a tree, as the product of marginals along each path (successes are correlated: a guide)."""
+    total = 1.0
+    for path in paths:
+        chance = 1.0
+        for step, rank in enumerate(path):
+            chance *= accuracies[step][rank]
+        total += chance
+    return total
+
+
+@torch.no_grad()
+def rank_accuracies(
+    candidates: Tensor, choices: Tensor, first: int = 2
+) -> tuple[list[list[float]], Any]:
+    """How often each candidate is the model's own choice on text where the model's choices are the text.
+
+    Args:
+        candidates: ``(N, T, steps, ranks)``: drafted at position t for t + first, t + first + 1, ...
+        choices: ``(N, T)`` the model's arg-max at every position (its choice for t + 1).
+        first: how far ahead of its position the first candidate lies.
+
+    Returns:
+        ``[step][rank]`` rates, and the hits ``(N, T', steps, ranks)`` that they are means of.
+    """
+    steps, length = candidates.shape[2], choices.shape[1]
+    kept = length - (first - 2) - steps
+    hits = torch.stack(
+        [
+            candidates[:, :kept, step] == choices[:, first - 1 + step : first - 1 + step + kept, None]
+            for step in range(steps)
+        ],
+        dim=2,
+    )
+    return hits.float().mean((0, 1)).tolist(), hits

@@ -1,0 +1,260 @@
+"""The training loop of drafters: packed rows of text, one loss, Accelerate for devices and processes, resumable.
+
+Recipes (`train_medusa`, `train_hidden_transfer`, `train_longspec`) have the signature ``(model, tokenizer, data, out, *, steps,
+batch_size, length, lr, seed, ..., device)`` and end in `train_drafter`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from heedful.decoding.trained import TrainedDrafter
+
+
+def read_documents(data: str | Path) -> list[str]:
+    """The documents of a ``.txt`` file (one) or a ``.jsonl`` file (one a line).
+
+    A line may have ``text``, or ``question`` and ``answer``, or ``turns``, or ``messages`` / ``conversations`` (a list of
+    ``{content}`` or ``{value}``).
+
+    Raises:
+        ValueError: there is no such file, it is empty, or a line has none of these.
+    """
+    path = Path(data)
+    if not path.is_file():
+        raise ValueError(f"no training text {path}: give a .txt or .jsonl file")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        documents = [text]
+    else:
+        documents = [_document(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ValueError(f"{path} holds no text")
+    return documents
+
+
+def _document(line: str, where: str) -> str:
+    try:
+        item = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if isinstance(item.get("text"), str):
+        return item["text"]
+    if "question" in item and "answer" in item:
+        return f"Question: {item['question']}\nAnswer: {item['answer']}\n"
+    turns = item.get("turns") or item.get("messages") or item.get("conversations")
+    if isinstance(turns, list) and turns:
+        return "\n".join(t if isinstance(t, str) else str(t.get("content", t.get("value", ""))) for t in turns)
+    raise ValueError(f"{where}: no 'text', 'question' and 'answer', 'turns', 'messages' or 'conversations'")
+
+
+class PackedRows:
+    """Rows of ``length`` tokens out of one stream of documents with an EOS after each; a BOS first where the tokenizer has one.
+
+    A row is a pure function of ``(seed, step, place in the batch)``: a resumed run, or one on more processes, reads the same.
+    """
+
+    def __init__(self, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> None:
+        eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+        stream: list[int] = []
+        for document in documents:
+            ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+            stream += [*cast(list[int], ids), *([] if eos is None else [eos])]
+        self.first = [] if bos is None else [bos]
+        self.stream = np.array(stream, dtype=np.int64)
+        self.size = length - len(self.first)
+        self.seed = seed
+        if len(self.stream) <= self.size:
+            raise ValueError(f"the text has {len(self.stream)} tokens, too few for rows of {length}: give more text or a smaller length")
+
+    def batch(self, step: int, places: Iterable[int]) -> Tensor:
+        rows = []
+        for place in places:
+            start = int(np.random.default_rng([self.seed, step, place]).integers(len(self.stream) - self.size))
+            rows.append([*self.first, *self.stream[start : start + self.size].tolist()])
+        return torch.tensor(rows)
+
+
+class _Objective(nn.Module):
+    """What DistributedDataParallel wraps: the drafter's parameters, and the model's where they are trained too."""
+
+    def __init__(self, drafter: TrainedDrafter, model: PreTrainedModel, joint: bool) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self.joint = model if joint else None
+        self.frozen = (model,)
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.drafter.loss(self.frozen[0], input_ids)
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Factor on the learning rate: linear warm-up over a share of the steps, then half a cosine to zero."""
+    begin = max(1, round(warmup * steps))
+    if step < begin:
+        return (step + 1) / begin
+    return 0.5 * (1 + math.cos(math.pi * (step - begin) / max(1, steps - begin)))
+
+
+def train_drafter(
+    drafter: TrainedDrafter,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path,
+    out: str | Path,
+    *,
+    steps: int = 1000,
+    batch_size: int = 16,
+    length: int = 512,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+    warmup: float = 0.1,
+    clip: float = 1.0,
+    seed: int = 0,
+    joint_groups: list[dict[str, Any]] | None = None,
+    checkpoint_every: int = 200,
+    resume: bool = True,
+    progress: bool = True,
+    stop_after: int | None = None,
+) -> Path:
+    """Trains a drafter on text and writes a folder that its ``from_pretrained`` loads.
+
+    Under ``accelerate launch`` the rows of each batch are shared among the processes: the losses are those of one process. A
+    run that was killed goes on from its last checkpoint when called again with the same arguments.
+
+    Args:
+        drafter: what is trained, by its `loss`; in float32 (a GPU computes in bfloat16 by autocast).
+        model: the target; frozen, unless ``joint_groups``.
+        tokenizer: the target's.
+        data: a file for `read_documents`.
+        out: result folder; ``out/training`` holds the checkpoint and ``log.jsonl``.
+        steps: optimiser steps. batch_size: rows of a step, over all processes. length: tokens of a row.
+        lr, betas, weight_decay, warmup, clip: of AdamW; warm-up as a share of the steps, then a cosine to zero.
+        joint_groups: parameter groups of the model that are trained as well (Medusa-2).
+        checkpoint_every: steps between checkpoints. resume: go on from one if it is there.
+        progress: a bar on stderr. stop_after: leave, with a checkpoint, after that step.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        ValueError: no text, rows longer than the text, ``batch_size`` not a multiple of the processes, or a checkpoint of a
+            run with other arguments.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() and model.device.type == "cuda" else "no")
+    if batch_size % accelerator.num_processes:
+        raise ValueError(f"batch_size={batch_size} is not a multiple of the {accelerator.num_processes} processes")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    out, work = Path(out), Path(out) / "training"
+    rows = PackedRows(read_documents(data), tokenizer, length, seed)
+    if accelerator.is_main_process:
+        work.mkdir(parents=True, exist_ok=True)
+    trained = {id(p) for group in joint_groups or [] for p in group["params"]}
+    if not joint_groups:
+        model.requires_grad_(False)
+    drafter.to(device=accelerator.device if model.device.type != "cpu" else "cpu", dtype=torch.float32).train()
+    groups: list[dict[str, Any]] = [{"params": [p for p in drafter.parameters() if p.requires_grad], "lr": lr}]
+    groups += joint_groups or []
+    optimiser = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay)
+    base = [group["lr"] for group in optimiser.param_groups]
+    objective = _Objective(drafter, model, bool(trained))
+    device_placement = model.device.type != "cpu"
+    objective, optimiser = accelerator.prepare(objective, optimiser, device_placement=[device_placement] * 2)
+
+    mark = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, "drafter": type(drafter).__name__}
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    checkpoint = work / "checkpoint.pt"
+    done = 0
+    if resume and checkpoint.exists():
+        state = torch.load(checkpoint, map_location=drafter_device(drafter), weights_only=True)
+        if state["mark"] != mark:
+            raise ValueError(f"{checkpoint} is of a run with {state['mark']}: give another `out`, or resume=False")
+        with torch.no_grad():
+            for parameter, value in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(value)
+        optimiser.load_state_dict(state["optimiser"])
+        done = state["step"]
+
+    def save_checkpoint(step: int) -> None:
+        if accelerator.is_main_process:
+            state = {
+                "mark": mark, "step": step, "parameters": [p.detach() for p in parameters], "optimiser": optimiser.state_dict(),
+            }  # fmt: skip
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+        accelerator.wait_for_everyone()
+
+    places = range(accelerator.process_index, batch_size, accelerator.num_processes)
+    began, reported = time.perf_counter(), time.perf_counter()
+    with _bar(steps, done, progress and accelerator.is_main_process) as bar:
+        for step in range(done, steps):
+            for group, rate in zip(optimiser.param_groups, base, strict=True):
+                group["lr"] = rate * schedule(step, steps, warmup)
+            torch.manual_seed(1_000_003 * seed + step)  # noise of the loss: the same in every process, and after a resume
+            batch = rows.batch(step, places).to(drafter_device(drafter))
+            with accelerator.autocast():
+                loss, figures = objective(batch)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, clip)
+            optimiser.step()
+            optimiser.zero_grad()
+            if step % 10 == 0 or step + 1 == steps:
+                names = ["loss", *figures]
+                values = torch.stack([loss.detach().float(), *(figures[name].float() for name in figures)])
+                values = accelerator.reduce(values, "mean")
+                if accelerator.is_main_process:
+                    now = time.perf_counter()
+                    entry = {"step": step, **dict(zip(names, values.tolist(), strict=True)), "lr": optimiser.param_groups[0]["lr"]}
+                    entry["tokens_per_second"] = batch_size * length * (step + 1 - done) / (now - began)
+                    with (work / "log.jsonl").open("a") as log:
+                        log.write(json.dumps(entry) + "\n")
+                    reported = now
+            bar.update(1)
+            if (step + 1) % checkpoint_every == 0 or step + 1 == stop_after:
+                save_checkpoint(step + 1)
+            if step + 1 == stop_after:
+                return out
+    del reported
+    drafter.eval()
+    if accelerator.is_main_process:
+        drafter.save_pretrained(out)
+        checkpoint.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return out
+
+
+def drafter_device(drafter: nn.Module) -> torch.device:
+    """The device of a drafter's parameters."""
+    return next(drafter.parameters()).device
+
+
+def _bar(steps: int, done: int, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=steps, initial=done, disable=not shown, file=sys.stderr, desc="training", unit="step")
+
+
+@torch.no_grad()
+def own_text(model: PreTrainedModel, rows: Tensor, new_tokens: int = 64, prompt: int = 64) -> Tensor:
+    """The model's own greedy continuations ``(N, prompt + new_tokens)`` of the first ``prompt`` tokens of each row: what drafters
+    are calibrated on."""
+    return cast(Any, model).generate(
+        rows[:, :prompt].to(model.device), max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
+        pad_token_id=model.config.pad_token_id or 0,
+    )  # fmt: skip

@@ -1,0 +1,167 @@
+"""Medusa-1 (heads on a frozen model) and Medusa-2 (heads and model together), and self-distillation data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from heedful.decoding.medusa import Medusa
+from heedful.decoding.trained import output_weight
+from heedful.training.drafting import PackedRows, own_text, read_documents, train_drafter
+
+
+def train_medusa(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path,
+    out: str | Path,
+    *,
+    stage: int = 1,
+    drafter: Medusa | None = None,
+    num_heads: int = 4,
+    share_lm_head: bool = True,
+    steps: int = 1000,
+    batch_size: int = 16,
+    length: int = 512,
+    lr: float | None = None,
+    weighting: str = "decay",
+    head_weight: float = 0.2,
+    head_weight_schedule: str = "constant",
+    distill: bool = False,
+    max_nodes: int = 63,
+    calibration_rows: int = 32,
+    seed: int = 0,
+    **options: Any,
+) -> Path:
+    """Trains Medusa heads, calibrates their tree on the model's own text, and writes the drafter's folder.
+
+    Stage 1 (Medusa-1): the model is frozen; loss ``0.2 sum_k 0.8^k CE_k`` (or ``weighting="equal"``: the plain sum).
+    Stage 2 (Medusa-2): the model gets LoRA (r = 32, alpha = 16, dropout 0.05) on all its linear layers, the heads learn at four
+    times its rate, and the loss is ``L_LM + w(t) sum_k 0.8^k CE_k``; the merged model goes to ``out/model``. Begin it with the
+    heads of stage 1 (``drafter=``). Its output is that of the tuned model, not of the one it began with.
+
+    Args:
+        model, tokenizer: the target.
+        data: a file of text (`read_documents`); the model's own answers are best (`self_distill`).
+        out: result folder.
+        stage: 1 or 2. drafter: to begin with; default: untrained heads.
+        num_heads, share_lm_head: of new heads.
+        steps, batch_size, length, seed: of the training. lr: of the heads; default 1e-3, in stage 2 4e-4 (the model's: a quarter).
+        weighting: "decay" or "equal". head_weight: w, constant or, with ``head_weight_schedule="sine"``,
+            ``w sin(pi/2 step/steps)`` (self-distilled models: w = 0.01).
+        distill: stage 2's L_LM is the divergence from the model with its LoRA switched off, instead of cross-entropy.
+        max_nodes: of the calibrated tree. calibration_rows: rows of 128 tokens it is measured on; 0 keeps the default tree.
+        **options: of `train_drafter`: ``checkpoint_every``, ``resume``, ``progress``...
+    """
+    if stage not in (1, 2):
+        raise ValueError(f"stage must be 1 (heads on a frozen model) or 2 (heads and model together), got {stage}")
+    if weighting not in ("decay", "equal"):
+        raise ValueError(f"weighting must be 'decay' or 'equal', got {weighting!r}")
+    if head_weight_schedule not in ("constant", "sine"):
+        raise ValueError(f"head_weight_schedule must be 'constant' or 'sine', got {head_weight_schedule!r}")
+    drafter = drafter or Medusa.for_model(model, num_heads=num_heads, share_lm_head=share_lm_head)
+    drafter.weighting, drafter.scale = weighting, head_weight
+    out = Path(out)
+    common = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, **options}
+    if stage == 1:
+        train_drafter(drafter, model, tokenizer, data, out, lr=1e-3 if lr is None else lr, **common)
+        tuned = model
+    else:
+        tuned = _train_together(
+            drafter, model, tokenizer, data, out, 4e-4 if lr is None else lr, head_weight, head_weight_schedule, distill, common
+        )
+    if calibration_rows and "stop_after" not in options:
+        rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
+        drafter.calibrate(tuned, own_text(tuned, rows), max_nodes)
+        drafter.float().save_pretrained(out)
+    return out
+
+
+class _Joint(Medusa):
+    """The joint loss: the model's own and the heads'."""
+
+    def loss(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        settings = self.joint
+        output = model.get_base_model().get_decoder()(input_ids=input_ids, use_cache=False)  # type: ignore[operator]
+        hidden = output.last_hidden_state
+        head = settings["base"].get_output_embeddings()
+        logits = head(hidden[:, :-1]).float()
+        if settings["distill"]:
+            with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
+                before = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            own = F.kl_div(logits.log_softmax(-1), before, log_target=True, reduction="none").sum(-1).mean()
+        else:
+            own = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())
+        if settings["schedule"] == "sine":
+            share = min(1.0, settings["step"] / settings["steps"])
+            self.scale = settings["weight"] * math.sin(math.pi / 2 * share)
+            settings["step"] += 1
+        heads, figures = self.head_loss(hidden, input_ids, output_weight(settings["base"]))
+        return own + heads, {"model_loss": own.detach(), **figures}
+
+
+def _train_together(
+    drafter: Medusa, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: str | Path, out: Path, lr: float,
+    weight: float, schedule: str, distill: bool, common: dict[str, Any],
+) -> PreTrainedModel:  # fmt: skip
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=32, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear")
+    adapted = get_peft_model(cast(Any, model), config)
+    adapted.train()
+    groups = [{"params": [p for p in adapted.parameters() if p.requires_grad], "lr": lr / 4}]
+    plain = type(drafter)
+    drafter.joint = {  # type: ignore[assignment]
+        "base": model, "distill": distill, "schedule": schedule, "weight": weight, "step": 0, "steps": common["steps"],
+    }  # fmt: skip
+    drafter.__class__ = _Joint
+    try:
+        train_drafter(drafter, cast(Any, adapted), tokenizer, data, out, lr=lr, joint_groups=groups, **common)
+    finally:
+        drafter.__class__ = plain
+        del drafter.joint
+    merged = cast(PreTrainedModel, adapted.merge_and_unload()).eval()
+    if "stop_after" not in common:
+        merged.save_pretrained(out / "model")
+        tokenizer.save_pretrained(out / "model")
+    return merged
+
+
+def self_distill(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+) -> Path:
+    """Writes the model's own answers as JSON lines (``{"text": prompt + answer}``): the data that its heads should learn from.
+
+    Args:
+        model, tokenizer: the target. prompts: seed prompts. out: the ``.jsonl`` file, written when all are done.
+        max_new_tokens: of an answer. temperature: 0 answers greedily.
+    """
+    from heedful.decoding import Sequence as Drafters
+    from heedful.decoding import PromptLookup, TokenRecycling, generate
+
+    if not prompts:
+        raise ValueError("self_distill needs prompts, got none")
+    sampling = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
+    drafter, lines = Drafters(PromptLookup(), TokenRecycling()), []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+        result = generate(model, ids, drafter, max_new_tokens=max_new_tokens, **sampling)
+        lines.append(json.dumps({"text": tokenizer.decode(result.sequences[0], skip_special_tokens=True)}))
+    path = Path(out)
+    path.with_suffix(".tmp").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.with_suffix(".tmp").replace(path)
+    return path
