@@ -1,0 +1,444 @@
+"""LongSpec: one small transformer block that reads the target's own key-value cache drafts a beam tree."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+import torch
+from torch import LongTensor, Tensor, nn
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from heedful.attention import tree_attention
+from heedful.decoding.device_walk import ancestors_of
+from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
+from heedful.decoding.support import model_device
+from heedful.decoding.trained import TrainedDrafter, output_weight
+from heedful.decoding.tree import DraftTree
+
+#: The longest text for which training moves positions apart, and how far.
+ANCHORED_LENGTH, LARGEST_OFFSET, MOST_ANCHORS, MOST_LAG = 1200, 30_000, 4, 4
+
+
+class LongSpec(TrainedDrafter):
+    """Drafts with one transformer block: its own attention over the last 512 tokens, and cross-attention to the target's cache.
+
+    The block embeds tokens with the target's embedding, attends to its own keys within a window, then to the keys and values
+    that the target's last full-attention layer has cached, and ends in the target's output head (without a final norm). Its own
+    keys and values depend on token ids and positions alone, so they live in a ring of constant size and need no roll-back.
+    A draft is a beam tree: each level keeps the nodes with the largest cumulative log-probability.
+
+    While it drafts, the target's cache stops before the root: a node of depth j sees the target's keys with a lag of j + 1.
+    Training imitates this with random lags.
+
+    Example:
+        >>> import heedful
+        >>> from heedful.decoding import LongSpec
+        >>> model, tokenizer = heedful.zoo.load("classics-20m")
+        >>> drafter = LongSpec.from_pretrained(heedful.zoo.path("classics-20m-longspec"))
+        >>> ids = tokenizer("It was the best of times,", return_tensors="pt").input_ids
+        >>> result = heedful.generate(model, ids, drafter, max_new_tokens=64, do_sample=False)
+
+    Args:
+        hidden_size, num_attention_heads, num_key_value_heads, head_dim, intermediate_size: as the target has them.
+        attention_bias: biases of query, key and value (the target's convention). Default False.
+        rms_norm_eps: of the norms. Default 1e-5.
+        initializer_range: standard deviation of the initial weights. Default 0.02.
+        window: tokens that the block's own attention reaches back. Default 512.
+        tree_shape: nodes of each level. Default (4, 16, 16, 16, 16): 68 nodes; ``(1, 1, 1, 1)`` is a greedy chain.
+
+    Raises:
+        ValueError: for a target of other sizes, or one whose cached keys are not rotated over the whole head (partial rotary,
+            other rotations, ALiBi, latent attention), when it is bound to it.
+
+    Cost:
+        One block of the target's width (1.9 M parameters at H = 384); a draft is as many forwards of it as the tree has
+        levels, one after the other, and reads one layer of the target's cache in each. The ring takes ``2 Hkv D (window + 1)``
+        numbers a row, however long the context is.
+
+    When not to use:
+        Where the target is so small that five forwards of one block are not cheap beside it.
+
+    Paper:
+        "LongSpec: Long-Context Lossless Speculative Decoding with Efficient Drafting and Verification", Yang, Du, Zhang, Wang,
+        Pang, Du, An, arXiv 2502.17421. Where we differ from the released code: the ring is really constant in size; windows
+        count along a node's own path; sampling is exact; all layers' accepted rows are moved instead of computed again.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        attention_bias: bool = False,
+        rms_norm_eps: float = 1e-5,
+        initializer_range: float = 0.02,
+        window: int = 512,
+        tree_shape: list[int] | tuple[int, ...] = (4, 16, 16, 16, 16),
+    ) -> None:
+        super().__init__()
+        if any(width < 1 for width in tree_shape):
+            raise ValueError(f"tree_shape: every level has at least one node, got {tuple(tree_shape)}")
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        self.hidden_size, self.head_dim = hidden_size, head_dim
+        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
+        self.window, self.tree_shape = window, tuple(tree_shape)
+        self.requires = frozenset({"cache"})
+        queries, keys = num_attention_heads * head_dim, num_key_value_heads * head_dim
+        self.self_norm, self.cross_norm, self.mlp_norm = (nn.RMSNorm(hidden_size, eps=rms_norm_eps) for _ in range(3))
+        self.q_proj = nn.Linear(hidden_size, queries, bias=attention_bias)
+        self.k_proj = nn.Linear(hidden_size, keys, bias=attention_bias)
+        self.v_proj = nn.Linear(hidden_size, keys, bias=attention_bias)
+        self.o_proj = nn.Linear(queries, hidden_size, bias=False)
+        self.cross_q_proj = nn.Linear(hidden_size, queries, bias=attention_bias)
+        self.cross_o_proj = nn.Linear(queries, hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        self._state: _State | None = None
+        self._cache: Cache | None = None
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, **options: Any) -> LongSpec:
+        """An untrained block with the sizes of a model. ``options``: as for the constructor."""
+        text = model.config.get_text_config(decoder=True)
+        _check_rotation(model)
+        attention = _attention(model)
+        sizes = {name: getattr(text, name) for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
+        sizes["num_key_value_heads"] = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        sizes["head_dim"] = _head_dim(text)
+        bias = getattr(getattr(attention, "q_proj", None), "bias", None) is not None
+        defaults = {"attention_bias": bias, "rms_norm_eps": getattr(text, "rms_norm_eps", 1e-5)}
+        defaults["initializer_range"] = getattr(text, "initializer_range", 0.02)
+        return cls(**(sizes | defaults | options)).to(model_device(model))
+
+    def sizes(self, model: PreTrainedModel) -> dict[str, int]:
+        text = model.config.get_text_config(decoder=True)
+        return {
+            "hidden_size": text.hidden_size,
+            "num_attention_heads": text.num_attention_heads,
+            "num_key_value_heads": getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            "head_dim": _head_dim(text),
+        }
+
+    def bind(self, model: PreTrainedModel) -> None:
+        _check_rotation(model)
+        super().bind(model)
+        self.layer = _memory_layer(model)
+
+    # The block ----------------------------------------------------------------------------------------------------------
+
+    def keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The normed input, and rotated keys and values ``(B, Hkv, T, D)`` of embedded tokens ``(B, T, H)``."""
+        normed = self.self_norm(x)
+        keys, values = (_heads(projected, self.head_dim) for projected in (self.k_proj(normed), self.v_proj(normed)))
+        return normed, _rotate(keys, rotation), values
+
+    def own_attention(
+        self, x: Tensor, normed: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """``x`` plus the block's own attention; ``mask``: bool ``(B, T, keys)``, None: causal."""
+        query = _rotate(_heads(self.q_proj(normed), self.head_dim), rotation)
+        out = F.scaled_dot_product_attention(
+            query, keys, values, None if mask is None else mask[:, None], is_causal=mask is None, enable_gqa=True
+        )
+        return x + self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def cross_query(self, h: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return _rotate(_heads(self.cross_q_proj(self.cross_norm(h)), self.head_dim), rotation)
+
+    def finish(self, h: Tensor, read: Tensor) -> Tensor:
+        """``h`` plus what the cross-attention read ``(B, Hq, T, D)``, then the MLP."""
+        h = h + self.cross_o_proj(read.transpose(1, 2).flatten(2))
+        normed = self.mlp_norm(h)
+        return h + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+
+    # Training -------------------------------------------------------------------------------------------------------------
+
+    def loss(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of the text's next tokens, with a random lag of the target's cache and moved positions (module text).
+
+        A query at i sees the target's keys 0..i - lag, lag drawn from 1 to 4; the first ``lag`` queries see none. For texts
+        of up to 1,200 tokens the first 0 to 4 positions stay and all others are moved up by a random offset, so that large
+        distances occur.
+        """
+        lag = int(torch.randint(1, MOST_LAG + 1, ()))
+        positions = self.anchored_positions(model, input_ids.shape[1]).to(input_ids.device)
+        logits = self.logits(model, input_ids, lag, positions.expand_as(input_ids))[:, :-1].float()
+        wanted = input_ids[:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        with torch.no_grad():
+            accuracy = (logits.argmax(-1) == wanted).float().mean()
+        return loss, {"accuracy": accuracy}
+
+    @staticmethod
+    def anchored_positions(model: PreTrainedModel, length: int) -> Tensor:
+        """Positions ``(length,)`` with a random number of anchors and a random offset behind them."""
+        positions = torch.arange(length)
+        if length <= ANCHORED_LENGTH:
+            longest = model.config.get_text_config(decoder=True).max_position_embeddings
+            reach = max(min(LARGEST_OFFSET, longest - 1000) - length, 0)
+            anchors, offset = int(torch.randint(0, MOST_ANCHORS + 1, ())), int(torch.randint(0, reach + 1, ()))
+            positions[anchors:] += offset
+        return positions
+
+    def logits(self, model: PreTrainedModel, input_ids: Tensor, lag: int, positions: Tensor) -> Tensor:
+        """Teacher-forced logits ``(B, T, V)`` at one lag; ``positions``: ``(B, T)`` for target and draft alike."""
+        with torch.no_grad():
+            cache = DynamicCache()  # every key is kept, windows are the mask's matter
+            model.get_decoder()(
+                input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=positions,
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            memory = cache.layers[_memory_layer(model)]
+            keys, values = cast(Tensor, memory.keys), cast(Tensor, memory.values)
+            x = model.get_input_embeddings()(input_ids)
+        rotation = _rotation(model, positions)
+        normed, own_keys, own_values = self.keys_values(x, rotation)
+        mask = None
+        length = input_ids.shape[1]
+        if length > self.window + 1:
+            at = torch.arange(length, device=x.device)
+            mask = ((at[None] <= at[:, None]) & (at[None] >= at[:, None] - self.window))[None]
+        h = self.own_attention(x, normed, rotation, own_keys, own_values, mask)
+        query = self.cross_query(h, rotation)[:, :, lag:]
+        dtype = query.dtype
+        read = F.scaled_dot_product_attention(
+            query, keys[:, :, :-lag].to(dtype), values[:, :, :-lag].to(dtype), is_causal=True, enable_gqa=True
+        )
+        h = self.finish(h, F.pad(read, (0, 0, lag, 0)))
+        return F.linear(h, output_weight(model).detach())
+
+    # Drafter ------------------------------------------------------------------------------------------------------------
+
+    def begin(self, model: PreTrainedModel, batch_size: int) -> None:
+        self.bind(model)
+        self._state = _State(self, batch_size)
+        self._seen = [0] * batch_size
+
+    def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
+        mask = outputs.attention_mask
+        device = model_device(self.target)
+        padding = torch.zeros(tokens.shape[0], dtype=torch.long) if mask is None else mask.int().argmax(-1).cpu()
+        self._cache, self._padding = outputs.cache, padding.to(device)
+
+    @torch.no_grad()
+    def propose(self, roots: LongTensor, committed: list[LongTensor]) -> list[DraftTree]:
+        assert self._state is not None
+        assert self._cache is not None
+        device, batch = model_device(self.target), len(committed)
+        # What has become text since the last draft, of a prompt its last tokens alone.
+        news = [row[max(seen, len(row) - self.window) :] for seen, row in zip(self._seen, committed, strict=True)]
+        widest = max(map(len, news))
+        tokens = torch.zeros(batch, widest, dtype=torch.long)
+        positions = torch.full((batch, widest), -1)
+        for row, new in enumerate(news):
+            tokens[row, : len(new)] = new
+            positions[row, : len(new)] = torch.arange(len(committed[row]) - len(new), len(committed[row]))
+        self._seen = [len(row) for row in committed]
+        if widest:
+            self._state.write(tokens.to(device), positions.to(device))
+        lengths = torch.tensor(self._seen, device=device)
+        drafted, parents = self._state.draft(roots.to(device), lengths, self._cache, lengths + self._padding, self._padding)
+        return [
+            DraftTree(cast(LongTensor, t), cast(LongTensor, p)) for t, p in zip(drafted.cpu(), parents.cpu(), strict=True)
+        ]
+
+    def on_device(self, model: PreTrainedModel, batch_size: int, capacity: int) -> DeviceDrafter:
+        return _LongSpecOnDevice(self, batch_size)
+
+
+class _State:
+    """The block's own keys and values: a ring of the last ``window`` tokens, and a place that takes what is not kept."""
+
+    def __init__(self, block: LongSpec, batch: int) -> None:
+        model = block.target
+        self.block, self.model, self.batch = block, model, batch
+        device, dtype = model_device(model), model.dtype
+        shape = (batch, block.num_key_value_heads, block.window + 1, block.head_dim)
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.positions = torch.full((batch, block.window + 1), -1, device=device)  # -1: nothing there
+        self.rows = torch.arange(batch, device=device)[:, None]
+        self.head = output_weight(model).detach()
+        self.vocabulary = min(self.head.shape[0], model.config.get_text_config(decoder=True).vocab_size)
+
+    def clear(self) -> None:
+        self.positions.fill_(-1)
+
+    def write(self, tokens: Tensor, positions: Tensor) -> None:
+        """Keeps tokens ``(B, m)`` at positions ``(B, m)``, m <= window; -1: none."""
+        x = self.model.get_input_embeddings()(tokens)
+        _, keys, values = self.block.keys_values(x, _rotation(self.model, positions.clamp(min=0)))
+        slots = torch.where(positions >= 0, positions % self.block.window, self.block.window)
+        self.keys[self.rows, :, slots] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, slots] = values.transpose(1, 2).to(self.values.dtype)
+        self.positions.scatter_(1, slots, positions)
+        self.positions[:, -1] = -1
+
+    def draft(
+        self, roots: Tensor, positions: Tensor, cache: Cache, lengths: Tensor, padding: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The beam tree below ``roots (B,)`` at ``positions (B,)``: tokens and parents ``(B, n)``.
+
+        Args:
+            cache: the target's; row b's text lies in rows ``padding[b]`` to ``lengths[b] - 1``.
+        """
+        block, batch = self.block, self.batch
+        memory = cache.layers[block.layer]
+        tokens, parents = roots[:, None], torch.full_like(roots, -1)[:, None]
+        scores = torch.zeros(batch, 1, device=roots.device)
+        own_keys, own_values = self.keys, self.values
+        begin = 0  # of the last level
+        for depth, width in enumerate(block.tree_shape):
+            level = tokens[:, begin:]
+            x = self.model.get_input_embeddings()(level)
+            at = (positions + depth)[:, None].expand_as(level)
+            rotation = _rotation(self.model, at)
+            normed, keys, values = block.keys_values(x, rotation)
+            own_keys, own_values = torch.cat([own_keys, keys], 2), torch.cat([own_values, values], 2)
+            kept = self.positions[:, None, :]
+            past = (kept >= 0) & (kept >= at[:, :, None] - block.window)
+            mask = torch.cat([past, ancestors_of(parents)[:, begin:]], dim=2)
+            h = block.own_attention(x, normed, rotation, own_keys, own_values, mask)
+            read = _read(block.cross_query(h, rotation), memory, lengths, padding)
+            logits = F.linear(block.finish(h, read), self.head[: self.vocabulary])
+            grown = scores[:, :, None] + logits.float().log_softmax(-1)  # (B, nodes of the level, V)
+            best = grown.flatten(1).topk(width, dim=1)
+            parents = torch.cat([parents, begin + best.indices // self.vocabulary], dim=1)
+            begin = tokens.shape[1]
+            tokens = torch.cat([tokens, best.indices % self.vocabulary], dim=1)
+            scores = best.values
+        return tokens, parents
+
+
+class _LongSpecOnDevice(DeviceDrafter):
+    parents = None
+
+    def __init__(self, block: LongSpec, batch: int) -> None:
+        self.state = _State(block, batch)
+        self.num_nodes, self.max_depth = 1 + sum(block.tree_shape), len(block.tree_shape)
+        self.padding = torch.zeros(batch, dtype=torch.long, device=self.state.positions.device)
+
+    def begin(self) -> None:
+        self.state.clear()
+
+    @torch.no_grad()
+    def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
+        length, window = tokens.shape[1], self.state.block.window
+        mask = outputs.attention_mask
+        self.padding.zero_()
+        if mask is not None:
+            self.padding.copy_(mask.int().argmax(-1))
+        positions = torch.arange(length, device=self.padding.device) - self.padding[:, None]
+        positions = torch.where(positions >= 0, positions, -1)
+        last = slice(max(0, length - 1 - window), length - 1)  # the last token comes with the first step
+        if length > 1:
+            self.state.write(tokens[:, last].to(self.padding.device), positions[:, last])
+
+    @torch.no_grad()
+    def advance(self, step: DeviceStep) -> tuple[Tensor, Tensor]:
+        order = torch.arange(step.path.shape[1], device=step.path.device)
+        positions = (step.positions - step.count)[:, None] + order
+        self.state.write(
+            step.tokens.gather(1, step.path), torch.where(order < step.count[:, None], positions, -1)
+        )
+        return self.state.draft(step.roots, step.positions, step.cache, step.lengths, self.padding)
+
+
+def _read(query: Tensor, memory: Any, lengths: Tensor, padding: Tensor) -> Tensor:
+    """Cross-attention of ``(B, Hq, n, D)`` to the target's cached keys and values, as far as each row's text goes."""
+    keys, values, nodes = memory.keys, memory.values, query.shape[2]
+    if query.is_cuda and type(memory).__name__ == "GraphLayer":
+        nothing = torch.zeros(nodes, nodes, dtype=torch.bool, device=query.device)
+        return tree_attention(query, keys, values, nothing, lengths, prefix_start=padding)
+    at = torch.arange(keys.shape[2], device=query.device)
+    seen = (at < lengths[:, None]) & (at >= padding[:, None])
+    out = F.scaled_dot_product_attention(query, keys, values, seen[:, None, None], enable_gqa=True)
+    return torch.where((lengths > padding)[:, None, None, None], out, 0.0)  # an empty memory
+
+
+def _heads(x: Tensor, head_dim: int) -> Tensor:
+    """``(B, T, heads * D)`` to ``(B, heads, T, D)``."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of ``(B, heads, T, D)``, halves rotated against each other."""
+    cos, sin = (part[:, None] for part in rotation)
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype) if x.dtype != torch.float64 else x * cos + turned * sin
+
+
+def _rotation(model: PreTrainedModel, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin ``(B, T, D)`` of the target's full-attention layers, in float32 (float64 for models in float64)."""
+    frequencies, scaling = _frequencies(model)
+    wide = torch.float64 if model.dtype == torch.float64 else torch.float32
+    with torch.autocast(positions.device.type, enabled=False):
+        angles = positions.to(wide)[..., None] * frequencies.to(device=positions.device, dtype=wide)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos() * scaling, angles.sin() * scaling
+
+
+def _frequencies(model: PreTrainedModel) -> tuple[Tensor, float]:
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    for prefix in ("", "full_attention_"):
+        frequencies = getattr(rotary, f"{prefix}inv_freq", None)
+        if frequencies is not None:
+            return frequencies, float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+    raise ValueError(
+        f"LongSpec reads rotated keys out of the cache, and {type(model).__name__} has no rotary embedding; use Medusa instead"
+    )
+
+
+def _head_dim(text: Any) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _memory_layer(model: PreTrainedModel) -> int:
+    """The last layer with full attention: its cache holds the whole context."""
+    text = model.config.get_text_config(decoder=True)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    return full[-1] if full else text.num_hidden_layers - 1
+
+
+def _attention(model: PreTrainedModel) -> nn.Module:
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    attention = getattr(layers[_memory_layer(model)], "self_attn", None) if layers is not None else None
+    if attention is None:
+        raise ValueError(f"LongSpec finds no decoder layers with self_attn in {type(model).__name__}; use Medusa instead")
+    return attention
+
+
+def _check_rotation(model: PreTrainedModel) -> None:
+    """ValueError unless the target rotates whole heads the way `_rotate` does."""
+    text = model.config.get_text_config(decoder=True)
+    frequencies, _ = _frequencies(model)
+    dim = _head_dim(text)
+    apply = getattr(sys.modules[type(_attention(model)).__module__], "apply_rotary_pos_emb", None)
+    name = type(model).__name__
+    if 2 * frequencies.numel() != dim or apply is None or getattr(text, "kv_lora_rank", None):
+        raise ValueError(
+            f"LongSpec reads whole rotated keys out of the cache, and {name} rotates {2 * frequencies.numel()} of {dim} "
+            f"numbers of a head or keeps something else there; use Medusa instead"
+        )
+    x = torch.linspace(-1, 1, 3 * dim).view(1, 1, 3, dim)
+    angles = torch.arange(3.0)[None, :, None] * frequencies.float().cpu()
+    rotation = (torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin())
+    try:
+        theirs = apply(x, x, *rotation)[0]
+    except TypeError:  # gemma 4 and others rotate one tensor at a time
+        theirs = apply(x, *rotation)
+    if not torch.allclose(theirs, _rotate(x, rotation), atol=1e-5):
+        raise ValueError(f"LongSpec does not know the rotation of {name}'s keys; use Medusa instead")
