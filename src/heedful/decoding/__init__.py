@@ -9,6 +9,7 @@ the drafters: prompt_lookup, token_recycling (both with their form in on_device)
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.generate import Generation, custom_generate, generate
 from heedful.decoding.graph import release_graphs
+from heedful.decoding.hidden_transfer import HiddenTransfer
 from heedful.decoding.longspec import LongSpec
 from heedful.decoding.medusa import Medusa
 from heedful.decoding.prompt_lookup import PromptLookup
@@ -26,6 +27,7 @@ __all__ = [
     "Drafter",
     "DraftingOutputs",
     "Generation",
+    "HiddenTransfer",
     "LongSpec",
     "Medusa",
     "PromptLookup",

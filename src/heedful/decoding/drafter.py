@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import LongTensor, Tensor
@@ -82,6 +83,10 @@ class Drafter:
 
     def clear(self) -> None:
         """Forgets what was learned."""
+
+    def joining(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Entered around the model's forward of each verification, where `joins_forward`."""
+        return nullcontext()
 
     def on_device(self, model: PreTrainedModel, batch_size: int, capacity: int) -> DeviceDrafter | None:
         """This drafter in tensor operations of fixed shapes, for the CUDA-graph engine; None: it drafts on the host.

@@ -74,6 +74,8 @@ class Engine:
             raise ValueError(
                 f"{type(drafter).__name__}.requires has {sorted(unknown)}; known are {sorted(_REQUIREMENTS)}"
             )
+        if drafter is not None and drafter.joins_forward and config.cache_implementation == "static":
+            raise ValueError(f"{type(drafter).__name__} adds rows to the model's forward, which a static cache has no room for; leave cache_implementation out")
         self.learns = drafter is not None and getattr(drafter.update, "__func__", None) is not Drafter.update
         self.input_ids = input_ids
         self.device = input_ids.device
@@ -301,7 +303,10 @@ class Engine:
             **self._step_kwargs,
         }
         if self.verification is None or not self.verification.attached:
-            return self.model(**inputs, return_dict=True).logits
+            if self.drafter is None or not self.drafter.joins_forward:
+                return self.model(**inputs, return_dict=True).logits
+            with self.drafter.joining(self.model):
+                return self.model(**inputs, return_dict=True).logits
         steps = torch.full((self.batch, nodes), -1)
         for row, tree in enumerate(trees):
             if tree is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 from torch import LongTensor
 from transformers import PreTrainedModel
 
@@ -84,6 +87,13 @@ class Sequence(Drafter):
     def clear(self) -> None:
         for drafter in self.drafters:
             drafter.clear()
+
+    @contextmanager
+    def joining(self, model: PreTrainedModel) -> Iterator[None]:
+        with ExitStack() as stack:
+            for drafter in self.drafters:
+                stack.enter_context(drafter.joining(model))
+            yield
 
     def on_device(self, model: PreTrainedModel, batch_size: int, capacity: int) -> DeviceDrafter | None:
         from heedful.decoding.on_device import SequenceOnDevice

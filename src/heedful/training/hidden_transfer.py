@@ -1,0 +1,55 @@
+"""Hidden Transfer's training: maps alone, against the frozen model's own distributions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from heedful.decoding.hidden_transfer import HiddenTransfer
+from heedful.training.drafting import PackedRows, own_text, read_documents, train_drafter
+
+
+def train_hidden_transfer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path,
+    out: str | Path,
+    *,
+    drafter: HiddenTransfer | None = None,
+    num_transfer_steps: int = 3,
+    transfer_layers: list[int] | None = None,
+    source: str = "anchor",
+    hard_labels: bool = False,
+    steps: int = 1000,
+    batch_size: int = 16,
+    length: int = 512,
+    lr: float = 2e-3,
+    max_nodes: int = 24,
+    calibration_rows: int = 32,
+    seed: int = 0,
+    **options: Any,
+) -> Path:
+    """Trains Hidden Transfer's maps on the frozen model, calibrates the tree on its own text, and writes the folder.
+
+    Args:
+        model, tokenizer: the target. data: a file of text. out: result folder.
+        drafter: to begin with; default: identity maps with ``num_transfer_steps``, ``transfer_layers`` and ``source``.
+        hard_labels: cross-entropy of the text instead of the divergence from the model.
+        steps, batch_size, length, lr, seed: of the training. A row costs ``num_transfer_steps`` rows in the upper layers.
+        max_nodes: of the calibrated tree. calibration_rows: rows of 128 tokens it is measured on; 0 keeps the default tree.
+        **options: of `train_drafter`.
+    """
+    drafter = drafter or HiddenTransfer.for_model(
+        model, num_transfer_steps=num_transfer_steps, transfer_layers=transfer_layers, source=source
+    )
+    drafter.hard_labels = hard_labels
+    out = train_drafter(
+        drafter, model, tokenizer, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, **options
+    )
+    if calibration_rows and "stop_after" not in options:
+        rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
+        drafter.calibrate(model, own_text(model, rows), max_nodes)
+        drafter.float().save_pretrained(out)
+    return out
