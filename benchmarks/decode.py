@@ -1,9 +1,8 @@
-"""Decoding speed of heedful (plain loop, prompt lookup, Token Recycling) against transformers (generate, prompt lookup) on
-the bundled model: 60 Spec-Bench questions and 60 continuations of held-out books, in one run, same dtype, outputs compared.
+"""Decoding speed of heedful (plain loop and every drafter) against transformers (generate, prompt lookup) on the bundled model: 60 Spec-Bench questions and 60 continuations of held-out books, in one run, same dtype, outputs compared.
 
     python benchmarks/decode.py [--device cuda] [--data ../shared/data] [--time-limit 170] [--books 60] [--per-category 10]
 
-Prints a markdown table and writes ``benchmarks/results/decode-<device>.json``.
+Prints a markdown table and writes ``reproductions/results/decode-<device>.json``, and the picture beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 import transformers
 
 from heedful import zoo
-from heedful.decoding import Drafter, PromptLookup, TokenRecycling
+from heedful.decoding import Drafter, HiddenTransfer, LongSpec, Medusa, PromptLookup, Sequence, TokenRecycling
 from heedful.decoding.bench import BASELINE, PLAIN, DecodeBenchmark, Question, bench_decode, interleaved, read_questions
 
 HERE = Path(__file__).parent
@@ -87,7 +86,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--time-limit", type=float, help="seconds after which no further question is begun")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/decode-<device>.json")
+    parser.add_argument("--out", type=Path, help="default: reproductions/results/decode-<device>.json")
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no CUDA device")
@@ -102,6 +101,10 @@ def main() -> None:
         "prompt-lookup": PromptLookup(),
         "token-recycling": TokenRecycling(),
         "token-recycling, cold": TokenRecycling(),
+        "sequence": Sequence(PromptLookup(), TokenRecycling()),
+        "medusa": Medusa.from_pretrained(zoo.path("classics-20m-medusa")),
+        "hidden-transfer": HiddenTransfer.from_pretrained(zoo.path("classics-20m-hidden-transfer")),
+        "longspec": LongSpec.from_pretrained(zoo.path("classics-20m-longspec")),
     }
     result = bench_decode(
         model,
@@ -130,10 +133,12 @@ def main() -> None:
     print(result.table())
     print()
     print(summary(result))
-    out = arguments.out or HERE / "results" / f"decode-{arguments.device.split(':')[0]}.json"
+    device = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name().split()[-1].lower()
+    out = arguments.out or HERE.parent / "reproductions" / "results" / f"decode-{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=2) + "\n")
-    print(f"\nwritten to {out}")
+    result.plot().savefig(out.with_suffix(".png"), dpi=110)
+    print(f"\nwritten to {out} and {out.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":

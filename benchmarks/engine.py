@@ -148,6 +148,24 @@ def main() -> None:
     def ours(drafter: Drafter | None, number: int, compile: bool) -> Any:
         return heedful.generate(model, ids, drafter, engine="graph", compile=compile, max_new_tokens=number, **options)
 
+    if not arguments.skip_peers:
+        model.generate(ids, max_new_tokens=4, **options)
+        generate = 64 / seconds(lambda n: model.generate(ids, max_new_tokens=n, **options), 64, 1)
+        note("transformers generate", generate)
+        compiled = {"cache_implementation": "static"}
+        began = perf_counter()
+        # One length for warm-up and run, so that the cache and the compiled graph are the same.
+        for _ in range(2):
+            model.generate(ids, max_new_tokens=tokens, **options, **compiled)
+        note("transformers generate, static cache, compiled: warm-up", perf_counter() - began, "s")
+        torch.cuda.synchronize()
+        began = perf_counter()
+        model.generate(ids, max_new_tokens=tokens, **options, **compiled)
+        torch.cuda.synchronize()
+        static = tokens / (perf_counter() - began)
+        note("transformers generate, static cache, compiled", static)
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
     for form in arguments.forms:
         compile, name = form == "compiled", "graph" if form == "graph" else "graph, compiled"
         torch.cuda.reset_peak_memory_stats()
@@ -191,21 +209,6 @@ def main() -> None:
         release_graphs(model)
         torch.cuda.empty_cache()
     if not arguments.skip_peers:
-        model.generate(ids, max_new_tokens=4, **options)
-        generate = 64 / seconds(lambda n: model.generate(ids, max_new_tokens=n, **options), 64, 1)
-        note("transformers generate", generate)
-        compiled = {"cache_implementation": "static"}
-        began = perf_counter()
-        # One length for warm-up and run, so that the cache and the compiled graph are the same.
-        for _ in range(2):
-            model.generate(ids, max_new_tokens=tokens, **options, **compiled)
-        note("transformers generate, static cache, compiled: warm-up", perf_counter() - began, "s")
-        torch.cuda.synchronize()
-        began = perf_counter()
-        model.generate(ids, max_new_tokens=tokens, **options, **compiled)
-        torch.cuda.synchronize()
-        static = tokens / (perf_counter() - began)
-        note("transformers generate, static cache, compiled", static)
         for name in ("graph", "graph, compiled"):
             for n in (2, 3, 4):
                 if (speed := figures.get(f"oracle of {n}, {name}")) is not None:

@@ -75,7 +75,9 @@ class Engine:
                 f"{type(drafter).__name__}.requires has {sorted(unknown)}; known are {sorted(_REQUIREMENTS)}"
             )
         if drafter is not None and drafter.joins_forward and config.cache_implementation == "static":
-            raise ValueError(f"{type(drafter).__name__} adds rows to the model's forward, which a static cache has no room for; leave cache_implementation out")
+            raise ValueError(
+                f"{type(drafter).__name__} adds rows to the model's forward, which a static cache has no room for; leave cache_implementation out"
+            )
         self.learns = drafter is not None and getattr(drafter.update, "__func__", None) is not Drafter.update
         self.input_ids = input_ids
         self.device = input_ids.device

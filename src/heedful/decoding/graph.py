@@ -430,6 +430,8 @@ class GraphEngine(Engine):
     def __init__(self, *arguments: Any, compile: bool = False, capture: bool = True, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         drafter = self.drafter
+        if drafter is not None:
+            drafter.begin(self.model, self.batch)
         room = BUCKETS[-1] if drafter is not None else 1
         capacity = -(-(cast(int, self.max_length) + room) // ROWS) * ROWS
         sampler = tuple((type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.select.processors)
@@ -457,8 +459,6 @@ class GraphEngine(Engine):
         self.cache = cast(Any, self.session.cache)
 
     def run(self) -> tuple[LongTensor, Any]:
-        if self.drafter is not None:
-            self.drafter.begin(self.model, self.batch)
         if self.session.drafter is not None:
             self.session.drafter.begin()
         with _hidden_states(self.model, self.requires) as hidden:

@@ -86,16 +86,24 @@ class HiddenTransfer(TrainedDrafter):
             raise ValueError(f"num_transfer_steps must be at least 0, got {num_transfer_steps}")
         if transfer_layers is None:
             apart = max(1, num_hidden_layers // 8)
-            transfer_layers = [min(num_hidden_layers, num_hidden_layers // 2 + i * apart) for i in range(num_transfer_steps)]
+            transfer_layers = [
+                min(num_hidden_layers, num_hidden_layers // 2 + i * apart) for i in range(num_transfer_steps)
+            ]
         layers = tuple(transfer_layers)
         if len(layers) != num_transfer_steps or list(layers) != sorted(layers):
             raise ValueError(f"transfer_layers needs {num_transfer_steps} layers that never fall, got {list(layers)}")
         if layers and not 0 <= layers[0] <= layers[-1] <= num_hidden_layers:
             raise ValueError(f"transfer_layers lie between 0 and {num_hidden_layers}, got {list(layers)}")
-        self.hidden_size, self.num_hidden_layers, self.num_transfer_steps = hidden_size, num_hidden_layers, num_transfer_steps
+        self.hidden_size, self.num_hidden_layers, self.num_transfer_steps = (
+            hidden_size,
+            num_hidden_layers,
+            num_transfer_steps,
+        )
         self.transfer_layers, self.source = layers, source
         self.requires = frozenset()
-        maps = [nn.Linear(hidden_size, hidden_size, bias=bias) for _ in range(1 if share_projection else num_transfer_steps)]
+        maps = [
+            nn.Linear(hidden_size, hidden_size, bias=bias) for _ in range(1 if share_projection else num_transfer_steps)
+        ]
         self.maps = nn.ModuleList(maps[: max(0, num_transfer_steps)])
         for map_ in self.maps:
             nn.init.eye_(cast(nn.Linear, map_).weight)
@@ -164,7 +172,9 @@ class HiddenTransfer(TrainedDrafter):
         self.bind(model)
         _layers(model)
         if Verification(model).attached:
-            raise ValueError("HiddenTransfer adds rows to the model's forward, which attached parts would take for tokens; detach them, or use another drafter")
+            raise ValueError(
+                "HiddenTransfer adds rows to the model's forward, which attached parts would take for tokens; detach them, or use another drafter"
+            )
         self._candidates = None
 
     def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None] | DraftTree:
@@ -208,7 +218,11 @@ class HiddenTransfer(TrainedDrafter):
             if self.hard_labels:
                 loss = F.cross_entropy(logits.flatten(0, 1), input_ids[:, step + 1 :].flatten())
             else:
-                loss = F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+                loss = (
+                    F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none")
+                    .sum(-1)
+                    .mean()
+                )
             total = total + loss
             with torch.no_grad():
                 figures[f"step_{step}_loss"] = loss.detach()
@@ -245,7 +259,9 @@ class HiddenTransfer(TrainedDrafter):
             ).last_hidden_state  # fmt: skip
         pseudo: Tensor | None = None
         kernel = _PseudoAttention(cache, length)
-        with attach(model, kernel, layers=range(self.transfer_layers[0], len(layers))) if self._refines else ExitStack():
+        with (
+            attach(model, kernel, layers=range(self.transfer_layers[0], len(layers))) if self._refines else ExitStack()
+        ):
             for index in range(self.transfer_layers[0] if self.transfer_layers else len(layers), len(layers) + 1):
                 state = (ends[0] if index == len(layers) else inputs[index][0]).detach()
                 for step, at in enumerate(self.transfer_layers):
@@ -259,7 +275,11 @@ class HiddenTransfer(TrainedDrafter):
                 steps = pseudo.shape[1]
                 ahead = torch.arange(1, steps + 1, device=positions.device)[None, :, None]
                 moved = (positions[:, None] + ahead).flatten(1)
-                kwargs = {k: v for k, v in inputs[index][1].items() if k not in ("hidden_states", "past_key_values", "past_key_value")}
+                kwargs = {
+                    k: v
+                    for k, v in inputs[index][1].items()
+                    if k not in ("hidden_states", "past_key_values", "past_key_value")
+                }
                 kwargs |= {"attention_mask": None, "position_ids": moved, "use_cache": False}
                 if kwargs.get("position_embeddings") is not None:
                     kwargs["position_embeddings"] = rotations.moved(kwargs["position_embeddings"], moved)
@@ -309,12 +329,16 @@ class _Joined:
         return hidden
 
     def before_layer(self, index: int, rotations: _Rotations) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             kwargs = dict(kwargs)
             hidden = self._append(index, args[0] if args else kwargs.pop("hidden_states"))
             nodes, live = cast(int, self.nodes), self.live
             cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-            kwargs["attention_mask"] = self.mask(kwargs.get("attention_mask"), hidden, cache.get_seq_length(index) + nodes)
+            kwargs["attention_mask"] = self.mask(
+                kwargs.get("attention_mask"), hidden, cache.get_seq_length(index) + nodes
+            )
             positions = kwargs.get("position_ids")
             if positions is not None:
                 ahead = torch.arange(live + 1, device=positions.device)[:, None]
@@ -405,9 +429,7 @@ class _PseudoAttention(Kernel):
         if (window := call.keywords.get("sliding_window")) is not None:
             seen = seen & (at[None, :] > at[:, None] - window)
         later = torch.ones(steps, steps, dtype=torch.bool, device=query.device).triu(1)
-        scores = torch.cat(
-            [real.masked_fill(~seen, -torch.inf), own.masked_fill(later[:, None], -torch.inf)], dim=-1
-        )
+        scores = torch.cat([real.masked_fill(~seen, -torch.inf), own.masked_fill(later[:, None], -torch.inf)], dim=-1)
         weights = scores.float().softmax(-1).to(values.dtype) if scores.dtype != torch.float64 else scores.softmax(-1)
         out = torch.einsum("bhgsnm,bhmd->bhgsnd", weights[..., :length], values)
         out = out + torch.einsum("bhgsnt,bhtnd->bhgsnd", weights[..., length:], own_values)

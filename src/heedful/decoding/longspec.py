@@ -144,7 +144,13 @@ class LongSpec(TrainedDrafter):
         return normed, _rotate(keys, rotation), values
 
     def own_attention(
-        self, x: Tensor, normed: Tensor, rotation: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, mask: Tensor | None
+        self,
+        x: Tensor,
+        normed: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
     ) -> Tensor:
         """``x`` plus the block's own attention; ``mask``: bool ``(B, T, keys)``, None: causal."""
         query = _rotate(_heads(self.q_proj(normed), self.head_dim), rotation)
@@ -248,9 +254,12 @@ class LongSpec(TrainedDrafter):
         if widest:
             self._state.write(tokens.to(device), positions.to(device))
         lengths = torch.tensor(self._seen, device=device)
-        drafted, parents = self._state.draft(roots.to(device), lengths, self._cache, lengths + self._padding, self._padding)
+        drafted, parents = self._state.draft(
+            roots.to(device), lengths, self._cache, lengths + self._padding, self._padding
+        )
         return [
-            DraftTree(cast(LongTensor, t), cast(LongTensor, p)) for t, p in zip(drafted.cpu(), parents.cpu(), strict=True)
+            DraftTree(cast(LongTensor, t), cast(LongTensor, p))
+            for t, p in zip(drafted.cpu(), parents.cpu(), strict=True)
         ]
 
     def on_device(self, model: PreTrainedModel, batch_size: int, capacity: int) -> DeviceDrafter:
@@ -348,9 +357,7 @@ class _LongSpecOnDevice(DeviceDrafter):
     def advance(self, step: DeviceStep) -> tuple[Tensor, Tensor]:
         order = torch.arange(step.path.shape[1], device=step.path.device)
         positions = (step.positions - step.count)[:, None] + order
-        self.state.write(
-            step.tokens.gather(1, step.path), torch.where(order < step.count[:, None], positions, -1)
-        )
+        self.state.write(step.tokens.gather(1, step.path), torch.where(order < step.count[:, None], positions, -1))
         return self.state.draft(step.roots, step.positions, step.cache, step.lengths, self.padding)
 
 
@@ -417,7 +424,9 @@ def _attention(model: PreTrainedModel) -> nn.Module:
     layers = getattr(decoder, "layers", None)
     attention = getattr(layers[_memory_layer(model)], "self_attn", None) if layers is not None else None
     if attention is None:
-        raise ValueError(f"LongSpec finds no decoder layers with self_attn in {type(model).__name__}; use Medusa instead")
+        raise ValueError(
+            f"LongSpec finds no decoder layers with self_attn in {type(model).__name__}; use Medusa instead"
+        )
     return attention
 
 

@@ -308,7 +308,9 @@ class Medusa(TrainedDrafter):
         for key, value in renamed.items():
             if value is None or value.shape != expected[key].shape:
                 shape = None if value is None else tuple(value.shape)
-                raise ValueError(f"{file}: {key} has shape {shape}, {type(model).__name__} needs {tuple(expected[key].shape)}")
+                raise ValueError(
+                    f"{file}: {key} has shape {shape}, {type(model).__name__} needs {tuple(expected[key].shape)}"
+                )
         drafter.load_state_dict(cast(dict[str, Tensor], renamed))
         return drafter
 

@@ -146,9 +146,7 @@ def expected_length(paths: RankPaths, accuracies: Sequence[Sequence[float]]) -> 
 
 
 @torch.no_grad()
-def rank_accuracies(
-    candidates: Tensor, choices: Tensor, first: int = 2
-) -> tuple[list[list[float]], Any]:
+def rank_accuracies(candidates: Tensor, choices: Tensor, first: int = 2) -> tuple[list[list[float]], Any]:
     """How often each candidate is the model's own choice on text where the model's choices are the text.
 
     Args:

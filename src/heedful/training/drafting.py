@@ -38,7 +38,9 @@ def read_documents(data: str | Path) -> list[str]:
     if path.suffix != ".jsonl":
         documents = [text]
     else:
-        documents = [_document(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        documents = [
+            _document(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()
+        ]
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise ValueError(f"{path} holds no text")
@@ -77,7 +79,9 @@ class PackedRows:
         self.size = length - len(self.first)
         self.seed = seed
         if len(self.stream) <= self.size:
-            raise ValueError(f"the text has {len(self.stream)} tokens, too few for rows of {length}: give more text or a smaller length")
+            raise ValueError(
+                f"the text has {len(self.stream)} tokens, too few for rows of {length}: give more text or a smaller length"
+            )
 
     def batch(self, step: int, places: Iterable[int]) -> Tensor:
         rows = []
@@ -156,7 +160,9 @@ def train_drafter(
     """
     from accelerate import Accelerator
 
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() and model.device.type == "cuda" else "no")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if torch.cuda.is_available() and model.device.type == "cuda" else "no"
+    )
     if batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size={batch_size} is not a multiple of the {accelerator.num_processes} processes")
     if steps < 1:
@@ -206,7 +212,9 @@ def train_drafter(
         for step in range(done, steps):
             for group, rate in zip(optimiser.param_groups, base, strict=True):
                 group["lr"] = rate * schedule(step, steps, warmup)
-            torch.manual_seed(1_000_003 * seed + step)  # noise of the loss: the same in every process, and after a resume
+            torch.manual_seed(
+                1_000_003 * seed + step
+            )  # noise of the loss: the same in every process, and after a resume
             batch = rows.batch(step, places).to(drafter_device(drafter))
             with accelerator.autocast():
                 loss, figures = objective(batch)
@@ -220,7 +228,11 @@ def train_drafter(
                 values = accelerator.reduce(values, "mean")
                 if accelerator.is_main_process:
                     now = time.perf_counter()
-                    entry = {"step": step, **dict(zip(names, values.tolist(), strict=True)), "lr": optimiser.param_groups[0]["lr"]}
+                    entry = {
+                        "step": step,
+                        **dict(zip(names, values.tolist(), strict=True)),
+                        "lr": optimiser.param_groups[0]["lr"],
+                    }
                     entry["tokens_per_second"] = batch_size * length * (step + 1 - done) / (now - began)
                     with (work / "log.jsonl").open("a") as log:
                         log.write(json.dumps(entry) + "\n")

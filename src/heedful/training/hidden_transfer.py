@@ -46,7 +46,17 @@ def train_hidden_transfer(
     )
     drafter.hard_labels = hard_labels
     out = train_drafter(
-        drafter, model, tokenizer, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, **options
+        drafter,
+        model,
+        tokenizer,
+        data,
+        out,
+        steps=steps,
+        batch_size=batch_size,
+        length=length,
+        lr=lr,
+        seed=seed,
+        **options,
     )
     if calibration_rows and "stop_after" not in options:
         rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))

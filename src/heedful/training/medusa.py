@@ -76,7 +76,16 @@ def train_medusa(
         tuned = model
     else:
         tuned = _train_together(
-            drafter, model, tokenizer, data, out, 4e-4 if lr is None else lr, head_weight, head_weight_schedule, distill, common
+            drafter,
+            model,
+            tokenizer,
+            data,
+            out,
+            4e-4 if lr is None else lr,
+            head_weight,
+            head_weight_schedule,
+            distill,
+            common,
         )
     if calibration_rows and "stop_after" not in options:
         rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))

@@ -17,23 +17,34 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).parent
 
-__all__ = ["excerpt", "load", "names", "path"]
+__all__ = ["drafters", "excerpt", "load", "names", "path"]
+
+
+def _folders() -> dict[str, bool]:
+    """The bundled folders, and whether each holds a model (whose config names its type) or a drafter."""
+    configs = {file.parent.name: file.read_text(encoding="utf-8") for file in sorted(_ROOT.glob("*/config.json"))}
+    return {name: '"model_type"' in config for name, config in configs.items()}
 
 
 def names() -> list[str]:
     """Names of the bundled models."""
-    return sorted(folder.name for folder in _ROOT.iterdir() if (folder / "config.json").exists())
+    return [name for name, is_model in _folders().items() if is_model]
+
+
+def drafters() -> list[str]:
+    """Names of the bundled drafters: the model's name and the method's, ``classics-20m-medusa`` for instance."""
+    return [name for name, is_model in _folders().items() if not is_model]
 
 
 def path(name: str) -> Path:
-    """Folder of a bundled model.
+    """Folder of a bundled model or drafter.
 
     Raises:
-        ValueError: there is no bundled model of that name.
+        ValueError: there is none of that name.
     """
-    if name not in names():
+    if name not in _folders():
         raise ValueError(
-            f"no bundled model {name!r}: there are {', '.join(names())}; for another model give its folder or hub id to from_pretrained"
+            f"no bundled model {name!r}: there are {', '.join(_folders())}; for another model give its folder or hub id to from_pretrained"
         )
     return _ROOT / name
 
@@ -52,6 +63,10 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = path(name)
+    if name not in names():
+        raise ValueError(
+            f"{name} is a drafter, not a model: load it with its class's from_pretrained(heedful.zoo.path({name!r}))"
+        )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or torch.float32)
     model.to(device)  # type: ignore[arg-type]
     return model.eval(), AutoTokenizer.from_pretrained(folder)
