@@ -134,9 +134,21 @@ def main() -> None:
     options = {"do_sample": False, "attention_mask": mask}
     figures: dict[str, Any] = {}
     tokens = arguments.tokens
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    device = torch.cuda.get_device_name()
+    results = {
+        "figures": figures,
+        "setting": {k: v for k, v in vars(arguments).items() if k != "out"},
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "commit": git.stdout.strip() or "unknown",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    out = arguments.out or HERE.parent / "reproductions" / "results" / f"engine-{device.split()[-1].lower()}.json"
 
     def note(name: str, value: float, unit: str = "tokens/s") -> None:
-        figures[name] = value
+        figures[name] = round(value, 4)
+        out.write_text(json.dumps(results, indent=2) + "\n")  # after each: a run that is cut off leaves what it has
         print(f"{name:<58}{value:10.2f} {unit}", flush=True)
 
     once, bandwidth = read_once(model)
@@ -148,24 +160,6 @@ def main() -> None:
     def ours(drafter: Drafter | None, number: int, compile: bool) -> Any:
         return heedful.generate(model, ids, drafter, engine="graph", compile=compile, max_new_tokens=number, **options)
 
-    if not arguments.skip_peers:
-        model.generate(ids, max_new_tokens=4, **options)
-        generate = 64 / seconds(lambda n: model.generate(ids, max_new_tokens=n, **options), 64, 1)
-        note("transformers generate", generate)
-        compiled = {"cache_implementation": "static"}
-        began = perf_counter()
-        # One length for warm-up and run, so that the cache and the compiled graph are the same.
-        for _ in range(2):
-            model.generate(ids, max_new_tokens=tokens, **options, **compiled)
-        note("transformers generate, static cache, compiled: warm-up", perf_counter() - began, "s")
-        torch.cuda.synchronize()
-        began = perf_counter()
-        model.generate(ids, max_new_tokens=tokens, **options, **compiled)
-        torch.cuda.synchronize()
-        static = tokens / (perf_counter() - began)
-        note("transformers generate, static cache, compiled", static)
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
     for form in arguments.forms:
         compile, name = form == "compiled", "graph" if form == "graph" else "graph, compiled"
         torch.cuda.reset_peak_memory_stats()
@@ -207,25 +201,30 @@ def main() -> None:
                 f"oracle of {right + 1}, {name}", tokens / seconds(lambda n, o=oracle, c=compile: ours(o, n, c), tokens)
             )
         release_graphs(model)
+        torch._dynamo.reset()
         torch.cuda.empty_cache()
+    if not arguments.skip_peers:
+        model.generate(ids, max_new_tokens=4, **options)
+        generate = 64 / seconds(lambda n: model.generate(ids, max_new_tokens=n, **options), 64, 1)
+        note("transformers generate", generate)
+        compiled = {"cache_implementation": "static"}
+        began = perf_counter()
+        # One length for warm-up and run, so that the cache and the compiled graph are the same.
+        for _ in range(2):
+            model.generate(ids, max_new_tokens=tokens, **options, **compiled)
+        note("transformers generate, static cache, compiled: warm-up", perf_counter() - began, "s")
+        torch.cuda.synchronize()
+        began = perf_counter()
+        model.generate(ids, max_new_tokens=tokens, **options, **compiled)
+        torch.cuda.synchronize()
+        static = tokens / (perf_counter() - began)
+        note("transformers generate, static cache, compiled", static)
     if not arguments.skip_peers:
         for name in ("graph", "graph, compiled"):
             for n in (2, 3, 4):
                 if (speed := figures.get(f"oracle of {n}, {name}")) is not None:
                     note(f"oracle of {n}, {name}: over generate", speed / generate, "x")
                     note(f"oracle of {n}, {name}: over compiled generate", speed / static, "x")
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    device = torch.cuda.get_device_name()
-    figures = {
-        "figures": figures,
-        "setting": vars(arguments) | {"out": None},
-        "device": device,
-        "date": datetime.date.today().isoformat(),
-        "commit": git.stdout.strip() or "unknown",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    out = arguments.out or HERE.parent / "reproductions" / "results" / f"engine-{device.split()[-1].lower()}.json"
-    out.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"written to {out}")
 
 
