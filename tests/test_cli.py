@@ -31,7 +31,9 @@ def questions(tmp_path):
 def test_list(capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "list", "--json")
     assert code == 0
-    assert {record["slug"] for record in json.loads(out)} == {"act", "hip", "retrieval-heads", "token-recycling"}
+    assert {record["slug"] for record in json.loads(out)} == {
+        "act", "hidden-transfer", "hip", "longspec", "medusa", "retrieval-heads", "token-recycling",
+    }  # fmt: skip
     code, out, _ = run(capsys, monkeypatch, "list")
     assert code == 0
     assert "2408.08696" in out

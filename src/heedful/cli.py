@@ -29,9 +29,17 @@ bench_app = typer.Typer(
     help="Measure against the peers a user would pick, in one run.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(bench_app, name="bench")
+train_app = typer.Typer(
+    help="Train a drafter for a model; under `accelerate launch -m heedful.cli train ...` on several devices.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(train_app, name="train")
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="A model of the zoo, a folder, or a hub id.")]
-DRAFTERS = ("none", "prompt-lookup", "token-recycling", "sequence")
+UNTRAINED = ("none", "prompt-lookup", "token-recycling", "sequence")
+TRAINED = {"medusa": "Medusa", "hidden-transfer": "HiddenTransfer", "longspec": "LongSpec"}
+DRAFTERS = (*UNTRAINED, *TRAINED)
 DEFAULT_MODEL = "classics-20m"
 
 
@@ -86,25 +94,56 @@ def _load(name: str) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _drafter(name: str) -> Drafter | None:
+def _drafter(name: str, model: str) -> Drafter | None:
+    """A drafter by name (those with weights: the zoo's, for the zoo's model), or the folder of a trained one."""
     from heedful import decoding
 
-    if name not in DRAFTERS:
-        raise BadInput(f"no drafter {name!r}: there are {', '.join(DRAFTERS)}")
+    _check_drafter(name, model)
     if name == "none":
         return None
+    if name == "prompt-lookup":
+        return decoding.PromptLookup()
+    if name == "token-recycling":
+        return decoding.TokenRecycling()
     if name == "sequence":
         return decoding.Sequence(decoding.PromptLookup(), decoding.TokenRecycling())
-    return decoding.PromptLookup() if name == "prompt-lookup" else decoding.TokenRecycling()
+    folder, kind = _trained(name, model)
+    return getattr(decoding, TRAINED[kind]).from_pretrained(folder)
 
 
-def _check_drafter_names(names: str) -> list[str]:
+def _trained(name: str, model: str) -> tuple[Path, str]:
+    """Folder and kind of a drafter with weights. The arguments in its config tell the kind."""
+    from heedful import zoo
+
+    if name in TRAINED:
+        folder = f"{model}-{name}"
+        if folder not in zoo.drafters():
+            raise BadInput(
+                f"no {name} drafter for {model}: the zoo has {', '.join(zoo.drafters())}; train one with `heedful train {name}` "
+                f"and give its folder"
+            )
+        return zoo.path(folder), name
+    config = Path(name) / "config.json"
+    if not config.is_file():
+        raise BadInput(f"no drafter {name!r}: there are {', '.join(DRAFTERS)}, or the folder of a trained one")
+    arguments = json.loads(config.read_text(encoding="utf-8"))
+    for key, kind in {"num_heads": "medusa", "transfer_layers": "hidden-transfer", "tree_shape": "longspec"}.items():
+        if key in arguments:
+            return Path(name), kind
+    raise BadInput(f"{name} is no folder of a drafter: its config.json has none of their arguments")
+
+
+def _check_drafter(name: str, model: str) -> None:
+    if name not in UNTRAINED:
+        _trained(name, model)
+
+
+def _check_drafter_names(names: str, model: str) -> list[str]:
     chosen = [name.strip() for name in names.split(",") if name.strip()]
-    for name in chosen:
-        if name not in DRAFTERS:
-            raise BadInput(f"no drafter {name!r}: there are {', '.join(DRAFTERS)}")
     if not chosen:
         raise BadInput(f"no drafter given: there are {', '.join(DRAFTERS)}")
+    for name in chosen:
+        _check_drafter(name, model)
     return chosen
 
 
@@ -223,7 +262,7 @@ def _demo_summary(figures: dict[str, Any], report: str) -> str:
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     model: ModelOption = DEFAULT_MODEL,
-    drafter: Annotated[str, typer.Option(help=f"One of {', '.join(DRAFTERS)}.")] = "token-recycling",
+    drafter: Annotated[str, typer.Option(help=f"One of {', '.join(DRAFTERS)}, or a folder.")] = "token-recycling",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, when sampling.")] = 1.0,
@@ -234,7 +273,7 @@ def generate(
     import heedful
 
     _model_folder(model)
-    chosen = _drafter(drafter)
+    chosen = _drafter(drafter, model)
     if not prompt.strip():
         raise BadInput("the prompt is empty")
     loaded, tokenizer = _load(model)
@@ -344,7 +383,7 @@ def bench_decode(
     """Decoding speed of drafters against the plain loop and transformers, on Spec-Bench questions."""
     _check_writable(json_path)
     _check_picture(plot)
-    names = _check_drafter_names(drafters)
+    names = _check_drafter_names(drafters, model)
     from heedful.decoding import bench
 
     try:
@@ -354,7 +393,7 @@ def bench_decode(
     loaded, tokenizer = _load(model)
     with _progress() as progress:
         result = bench.bench_decode(
-            loaded, tokenizer, asked, {name: drafter for name in names if (drafter := _drafter(name)) is not None}, max_new_tokens=max_new_tokens,
+            loaded, tokenizer, asked, {name: drafter for name in names if (drafter := _drafter(name, model)) is not None}, max_new_tokens=max_new_tokens,
             progress=lambda done, total: progress("questions", done, total),
         )  # fmt: skip
     if json_path is not None:
@@ -362,6 +401,68 @@ def bench_decode(
     if plot is not None:
         _save_picture(plot, result.plot())
     typer.echo(result.table())
+
+
+DataOption = Annotated[
+    Path, typer.Option(help="Text: a .txt file, or JSON lines with text, question/answer, turns or messages.")
+]
+OutOption = Annotated[Path, typer.Option(help="Folder for the drafter.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Rows of a step, over all processes.")]
+LengthOption = Annotated[int, typer.Option(min=8, help="Tokens of a row.")]
+RateOption = Annotated[float, typer.Option(help="Highest learning rate.")]
+SeedOption = Annotated[int, typer.Option(help="Of rows and weights.")]
+ResumeOption = Annotated[bool, typer.Option(help="Go on from the folder's checkpoint.")]
+
+
+def _train(name: str, model: str, data: Path, out: Path, **options: Any) -> None:
+    if not data.is_file():
+        raise BadInput(f"no training text {data}: give a .txt or .jsonl file")
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"cannot write {out}: it is a file")
+    from heedful import training
+
+    loaded, tokenizer = _load(model)
+    loaded.float()
+    try:
+        getattr(training, f"train_{name}")(loaded, tokenizer, data, out, **options)
+    except ValueError as error:
+        raise BadInput(_first_line(error)) from error
+    typer.echo(f"written to {out}")
+
+
+@train_app.command("medusa")
+def train_medusa(
+    data: DataOption, out: OutOption, model: ModelOption = DEFAULT_MODEL, steps: StepsOption = 1000, batch_size: BatchOption = 16,
+    length: LengthOption = 512, lr: RateOption = 1e-3, seed: SeedOption = 0, resume: ResumeOption = True,
+    num_heads: Annotated[int, typer.Option(min=1, help="Heads, each a token further ahead.")] = 4,
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: heads alone; 2: with the model (its output changes).")] = 1,
+) -> None:  # fmt: skip
+    """Train Medusa heads on a frozen model, and calibrate their tree."""
+    _train("medusa", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
+           num_heads=num_heads, stage=stage)  # fmt: skip
+
+
+@train_app.command("hidden-transfer")
+def train_hidden_transfer(
+    data: DataOption, out: OutOption, model: ModelOption = DEFAULT_MODEL, steps: StepsOption = 1000, batch_size: BatchOption = 16,
+    length: LengthOption = 512, lr: RateOption = 2e-3, seed: SeedOption = 0, resume: ResumeOption = True,
+    num_transfer_steps: Annotated[int, typer.Option(min=1, help="Tokens ahead.")] = 3,
+) -> None:  # fmt: skip
+    """Train Hidden Transfer's maps on a frozen model, and calibrate their tree."""
+    _train("hidden_transfer", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
+           num_transfer_steps=num_transfer_steps)  # fmt: skip
+
+
+@train_app.command("longspec")
+def train_longspec(
+    data: DataOption, out: OutOption, model: ModelOption = DEFAULT_MODEL, steps: StepsOption = 1000, batch_size: BatchOption = 16,
+    length: LengthOption = 1024, lr: RateOption = 5e-4, seed: SeedOption = 0, resume: ResumeOption = True,
+) -> None:  # fmt: skip
+    """Train LongSpec's draft block on a frozen model (its first stage)."""
+    _train(
+        "longspec", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume
+    )
 
 
 @app.command()

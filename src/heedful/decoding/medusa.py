@@ -176,7 +176,8 @@ class Medusa(TrainedDrafter):
             state = block(hidden[:, : -k - 1])
             logits = F.linear(state, lm_head) if self.share_lm_head else self.outputs[k - 1](state)
             wanted = labels[:, k + 1 :]
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten())
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")
+            loss = loss / (wanted != -100).sum().clamp(min=1)
             total = total + loss * (self.scale * 0.8**k if self.weighting == "decay" else 1.0)
             with torch.no_grad():
                 figures[f"head_{k}_loss"] = loss.detach()

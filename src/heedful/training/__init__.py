@@ -1,10 +1,24 @@
 """Recipes as functions: what is trained, on which data, for how long.
 
-Read in this order: recall and wordings (synthetic tasks), corpus (rows of tokens), muon, pretrain, refine, evaluate.
+Read in this order: recall and wordings (synthetic tasks), corpus (rows of tokens), muon, pretrain, refine, evaluate; for
+drafters drafting (the loop), then medusa, hidden_transfer, longspec, zoo_drafters (those that ship).
 """
 
+from heedful.training.drafting import train_drafter
 from heedful.training.evaluate import evaluate
+from heedful.training.hidden_transfer import train_hidden_transfer
+from heedful.training.longspec import train_longspec
+from heedful.training.medusa import self_distill, train_medusa
 from heedful.training.pretrain import pretrain
 from heedful.training.refine import refine
 
-__all__ = ["evaluate", "pretrain", "refine"]
+__all__ = [
+    "evaluate",
+    "pretrain",
+    "refine",
+    "self_distill",
+    "train_drafter",
+    "train_hidden_transfer",
+    "train_longspec",
+    "train_medusa",
+]

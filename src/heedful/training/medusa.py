@@ -159,8 +159,8 @@ def self_distill(
         model, tokenizer: the target. prompts: seed prompts. out: the ``.jsonl`` file, written when all are done.
         max_new_tokens: of an answer. temperature: 0 answers greedily.
     """
-    from heedful.decoding import Sequence as Drafters
     from heedful.decoding import PromptLookup, TokenRecycling, generate
+    from heedful.decoding import Sequence as Drafters
 
     if not prompts:
         raise ValueError("self_distill needs prompts, got none")

@@ -1,0 +1,172 @@
+"""Medusa: heads, trees, calibration, published checkpoints (the card's list)."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from tiny_models import build, inputs
+
+import heedful
+from heedful.decoding import Medusa
+from heedful.decoding.medusa import MC_SIM_7B_63
+from heedful.decoding.trained import RankTree, best_tree, expected_length, output_weight
+
+GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def scrambled(model, **options):
+    torch.manual_seed(3)
+    drafter = Medusa.for_model(model, **options)
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return drafter
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_untrained_heads_are_the_models_own_head(share):
+    model = build("llama", dtype=torch.float64)
+    drafter = Medusa.for_model(model, num_heads=3, share_lm_head=share, num_layers=2).double()
+    hidden = model.get_decoder()(**inputs(model, batch=2)).last_hidden_state
+    logits = drafter(hidden, output_weight(model) if share else None)
+    assert torch.allclose(logits, model.lm_head(hidden)[:, :, None].expand_as(logits), atol=1e-12)
+    blocks = {id(block) for head in drafter.blocks for block in head}
+    assert len(blocks) == 6  # distinct
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "qwen3", "gpt2"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_greedy_output_does_not_depend_on_the_heads(name, batch):
+    model = build(name, dtype=torch.float64)
+    given = inputs(model, batch=batch, length=11, padding="left" if batch > 1 else None)
+    reference = model.generate(**given, **GREEDY)
+    for options in ({}, {"num_heads": 2, "tree": [[0], [1], [0, 0]]}, {"tree": []}, {"share_lm_head": False}):
+        result = heedful.generate(model, drafter=scrambled(model, **options), **given, **GREEDY)
+        assert torch.equal(result.sequences, reference)
+
+
+def test_prompt_of_one_token_and_a_frequent_token_zero():
+    model = build("llama", dtype=torch.float64)
+    with torch.no_grad():
+        model.lm_head.weight[0] *= 30  # token 0 wins again and again, as fill of a path must never match it
+    ids = torch.tensor([[5]])
+    reference = model.generate(ids, **GREEDY)
+    assert (reference == 0).sum() >= 2
+    assert torch.equal(heedful.generate(model, ids, Medusa.for_model(model), **GREEDY).sequences, reference)
+
+
+def test_the_default_tree():
+    assert len(MC_SIM_7B_63) == 63
+    assert [sum(len(path) == depth for path in MC_SIM_7B_63) for depth in (1, 2, 3, 4)] == [10, 28, 23, 2]
+    model = build("llama")
+    assert Medusa.for_model(model, num_heads=2).tree.depth == 2
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [([[0, 0]], "needs its parent"), ([[0], [0, 0], [0, 0, 0]], "depth 3"), ([[10]], "outside"), ([[-1]], "outside")],
+)
+def test_trees_that_cannot_be(tree, message):
+    with pytest.raises(ValueError, match=message):
+        Medusa(hidden_size=8, vocab_size=20, num_heads=2, tree=tree)
+
+
+def test_tree_search():
+    accuracies = [[0.6, 0.2, 0.1], [0.4, 0.3, 0.0], [0.5, 0.1, 0.1]]
+    trees = [best_tree(accuracies, nodes) for nodes in range(20)]
+    for smaller, larger in itertools.pairwise(trees):
+        assert larger[: len(smaller)] == smaller
+        assert expected_length(larger, accuracies) >= expected_length(smaller, accuracies)
+    assert trees[3] == [(0,), (0, 0), (1,)]
+    RankTree(trees[-1], 3, 3)
+
+
+def test_a_cycle_is_learnt_to_the_last_token():
+    """Deterministic text: every head is always right, and a step gives depth + 1 tokens."""
+    torch.manual_seed(0)
+    model = build("llama", vocab_size=12)
+    cycle = torch.arange(3, 12).repeat(8)[None]
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        loss = model(cycle, labels=cycle).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    drafter = Medusa.for_model(model, num_heads=3, tree=[[0], [0, 0], [0, 0, 0]])
+    optimiser = torch.optim.Adam(drafter.parameters(), 1e-2)
+    model.requires_grad_(False)
+    for _ in range(150):
+        loss, figures = drafter.loss(model, cycle)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert all(float(figures[f"head_{k}_accuracy"]) == 1.0 for k in (1, 2, 3))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    result = heedful.generate(model, cycle[:, :10], drafter, **GREEDY | {"max_new_tokens": 41})
+    assert result.stats.accepted[0] == [4] * 10
+    found = drafter.calibrate(model, cycle, max_nodes=3)
+    assert found["expected"] == pytest.approx(4.0)
+    assert found["empirical"] == pytest.approx(4.0)
+
+
+def test_labels_that_are_left_out_give_no_gradient():
+    model = build("llama")
+    drafter = Medusa.for_model(model)
+    hidden, ids = torch.randn(1, 9, model.config.hidden_size), torch.randint(0, 90, (1, 9))
+    labels = torch.full_like(ids, -100)
+    labels[0, 4] = ids[0, 4]
+    drafter.head_loss(hidden, ids, output_weight(model).detach(), labels)[0].backward()
+    touched = [bool(block[0].linear.weight.grad.abs().sum() > 0) for block in drafter.blocks]
+    assert touched == [True, True, True, False]  # t + k + 1 == 4 has no t for the fourth head
+
+
+def test_tokens_a_step_is_one_and_the_nodes_acceptance():
+    model = build("llama", dtype=torch.float64)
+    given = inputs(model, batch=1)
+    stats = heedful.generate(model, drafter=Medusa.for_model(model), **given, **GREEDY).stats
+    assert stats.tokens_per_step == pytest.approx(sum(stats.accepted[0]) / stats.steps)
+
+
+def test_save_and_load(tmp_path):
+    model = build("llama")
+    drafter = scrambled(model, num_heads=2)
+    drafter.set_tree([[0], [1], [0, 0]])
+    drafter.save_pretrained(tmp_path)
+    loaded = Medusa.from_pretrained(tmp_path)
+    assert loaded.tree.paths == [(0,), (0, 0), (1,)]
+    assert all(torch.equal(a, b) for a, b in zip(drafter.parameters(), loaded.parameters(), strict=True))
+    with pytest.raises(ValueError, match="made for hidden_size"):
+        Medusa(hidden_size=16, vocab_size=90).bind(model)
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_published_checkpoints(tmp_path, kind):
+    from safetensors.torch import save_file
+
+    model = build("llama")
+    hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
+    state = {}
+    for head in range(3):
+        state |= {f"{head}.0.linear.weight": torch.randn(hidden, hidden), f"{head}.0.linear.bias": torch.randn(hidden)}
+        state[f"{head}.1.weight"] = torch.randn(vocabulary, hidden)
+    file = tmp_path / f"medusa_lm_head.{kind}"
+    torch.save(state, file) if kind == "pt" else save_file(state, file)
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
+    drafter = Medusa.from_checkpoint(tmp_path, model)
+    assert (drafter.num_heads, drafter.share_lm_head) == (2, False)
+    assert torch.equal(drafter.outputs[1].weight, state["1.1.weight"])
+    with pytest.raises(ValueError, match="holds no medusa_lm_head"):
+        Medusa.from_checkpoint(tmp_path / "none", model)
+    with pytest.raises(ValueError, match="needs"):
+        Medusa.from_checkpoint(file, build("llama", hidden_size=48))
+
+
+def test_the_zoos_heads():
+    model, tokenizer = heedful.zoo.load("classics-20m")
+    drafter = Medusa.from_pretrained(heedful.zoo.path("classics-20m-medusa"))
+    ids = tokenizer("The colour of the door is amber. The colour of", return_tensors="pt").input_ids
+    plain = heedful.generate(model, ids, None, max_new_tokens=32, do_sample=False)
+    result = heedful.generate(model, ids, drafter, max_new_tokens=32, do_sample=False)
+    assert torch.equal(plain.sequences, result.sequences)
+    assert result.stats.tokens_per_step > 1.2
