@@ -131,8 +131,8 @@ class HiddenTransfer(TrainedDrafter):
         """Replaces the tree."""
         kept = sorted((tuple(path) for path in paths), key=len)
         self.tree = RankTree(kept, self.num_transfer_steps, _RANKS)
-        if isinstance(getattr(self, "_hub_mixin_config", None), dict):
-            self._hub_mixin_config["tree"] = [list(path) for path in self.tree.paths]
+        if isinstance(config := getattr(self, "_hub_mixin_config", None), dict):
+            config["tree"] = [list(path) for path in self.tree.paths]
 
     def transfer(self, step: int, state: Tensor) -> Tensor:
         """The pseudo states of a step (from 0) for states ``(..., H)``."""
@@ -335,7 +335,7 @@ class _Joined:
             kwargs = dict(kwargs)
             hidden = self._append(index, args[0] if args else kwargs.pop("hidden_states"))
             nodes, live = cast(int, self.nodes), self.live
-            cache = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+            cache: Any = kwargs.get("past_key_values", kwargs.get("past_key_value"))
             kwargs["attention_mask"] = self.mask(
                 kwargs.get("attention_mask"), hidden, cache.get_seq_length(index) + nodes
             )
@@ -414,7 +414,7 @@ class _PseudoAttention(Kernel):
         self.cache, self.length = cache, length
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        memory = self.cache.layers[call.module.layer_idx]  # type: ignore[index]
+        memory: Any = self.cache.layers[call.module.layer_idx]  # type: ignore[index]
         batch, heads, rows, dim = call.query.shape
         steps, length, groups = rows // self.length, self.length, call.groups
         query = call.query.view(batch, -1, groups, steps, length, dim)

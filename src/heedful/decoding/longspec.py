@@ -205,7 +205,7 @@ class LongSpec(TrainedDrafter):
                 input_ids=input_ids, attention_mask=torch.ones_like(input_ids), position_ids=positions,
                 past_key_values=cache, use_cache=True,
             )  # fmt: skip
-            memory = cache.layers[_memory_layer(model)]
+            memory: Any = cache.layers[_memory_layer(model)]
             keys, values = cast(Tensor, memory.keys), cast(Tensor, memory.values)
             x = model.get_input_embeddings()(input_ids)
         rotation = _rotation(model, positions)

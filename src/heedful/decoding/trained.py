@@ -120,7 +120,7 @@ def best_tree(accuracies: Sequence[Sequence[float]], max_nodes: int) -> list[tup
         Paths of ranks; the tree of n nodes contains that of n - 1.
     """
     chosen: list[tuple[int, ...]] = []
-    frontier = {(0,): float(accuracies[0][0])} if len(accuracies) and max_nodes else {}
+    frontier: dict[tuple[int, ...], float] = {(0,): float(accuracies[0][0])} if len(accuracies) and max_nodes else {}
     values: dict[tuple[int, ...], float] = {(): 1.0}
     while frontier and len(chosen) < max_nodes:
         path = max(frontier, key=lambda p: (frontier[p], [-r for r in p]))

@@ -97,6 +97,8 @@ def train_medusa(
 class _Joint(Medusa):
     """The joint loss: the model's own and the heads'."""
 
+    joint: Any
+
     def loss(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self.joint
         output = model.get_base_model().get_decoder()(input_ids=input_ids, use_cache=False)  # type: ignore[operator]
@@ -128,7 +130,7 @@ def _train_together(
     adapted.train()
     groups = [{"params": [p for p in adapted.parameters() if p.requires_grad], "lr": lr / 4}]
     plain = type(drafter)
-    drafter.joint = {  # type: ignore[assignment]
+    cast(Any, drafter).joint = {
         "base": model, "distill": distill, "schedule": schedule, "weight": weight, "step": 0, "steps": common["steps"],
     }  # fmt: skip
     drafter.__class__ = _Joint
@@ -136,7 +138,7 @@ def _train_together(
         train_drafter(drafter, cast(Any, adapted), tokenizer, data, out, lr=lr, joint_groups=groups, **common)
     finally:
         drafter.__class__ = plain
-        del drafter.joint
+        del cast(Any, drafter).joint
     merged = cast(PreTrainedModel, adapted.merge_and_unload()).eval()
     if "stop_after" not in common:
         merged.save_pretrained(out / "model")
@@ -164,7 +166,9 @@ def self_distill(
 
     if not prompts:
         raise ValueError("self_distill needs prompts, got none")
-    sampling = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
+    sampling: dict[str, Any] = {"do_sample": temperature > 0} | (
+        {"temperature": temperature} if temperature > 0 else {}
+    )
     drafter, lines = Drafters(PromptLookup(), TokenRecycling()), []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)

@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,12 +23,16 @@ from heedful.training.longspec import train_longspec
 from heedful.training.medusa import train_medusa
 
 #: Steps, rows, tokens a row, rate: about a minute each on one H200.
-RECIPES = {
+RECIPES: dict[str, dict[str, Any]] = {
     "medusa": {"steps": 1500, "batch_size": 32, "length": 512, "lr": 1e-3, "weighting": "equal"},
     "hidden-transfer": {"steps": 900, "batch_size": 12, "length": 256, "lr": 2e-3},
     "longspec": {"steps": 2000, "batch_size": 32, "length": 1024, "lr": 1e-3, "tree_shape": (4, 8, 8, 8)},
 }
-_TRAINERS = {"medusa": train_medusa, "hidden-transfer": train_hidden_transfer, "longspec": train_longspec}
+_TRAINERS: dict[str, Any] = {
+    "medusa": train_medusa,
+    "hidden-transfer": train_hidden_transfer,
+    "longspec": train_longspec,
+}
 _CLASSES: dict[str, type[TrainedDrafter]] = {
     "medusa": Medusa,
     "hidden-transfer": HiddenTransfer,
@@ -65,9 +70,9 @@ def main() -> None:
         began = time.perf_counter()
         model, tokenizer = heedful.zoo.load("classics-20m", device=arguments.device)
         recipe = dict(RECIPES[name])
-        recipe["steps"] = max(1, round(arguments.share * int(recipe["steps"])))  # type: ignore[call-overload]
+        recipe["steps"] = max(1, round(arguments.share * int(recipe["steps"])))
         out = arguments.out / f"classics-20m-{name}"
-        _TRAINERS[name](model, tokenizer, data, out, progress=False, **recipe)  # type: ignore[operator]
+        _TRAINERS[name](model, tokenizer, data, out, progress=False, **recipe)
         trained = time.perf_counter() - began
         drafter = _CLASSES[name].from_pretrained(out)
         rows = PackedRows(read_documents(data), tokenizer, 64, 7).batch(0, range(8))
