@@ -170,3 +170,25 @@ def test_the_zoos_heads():
     result = heedful.generate(model, ids, drafter, max_new_tokens=32, do_sample=False)
     assert torch.equal(plain.sequences, result.sequences)
     assert result.stats.tokens_per_step > 1.2
+
+
+def test_typical_acceptance_keeps_nothing_or_everything_at_its_extremes():
+    model = build("llama", dtype=torch.float64)
+    drafter = Medusa.for_model(model, tree=[[0], [1], [0, 0], [0, 0, 0]])
+    for batch in (1, 3):
+        given = inputs(model, batch=batch, length=11, padding="left" if batch > 1 else None)
+        typical = GREEDY | {"acceptance": "typical", "max_new_tokens": 21}
+        nothing = heedful.generate(
+            model, drafter=drafter, posterior_threshold=1.0, posterior_alpha=1e9, **given, **typical
+        )
+        assert nothing.stats.tokens_per_step == 1.0
+        assert torch.equal(nothing.sequences, model.generate(**given, **GREEDY | {"max_new_tokens": 21}))
+        all_ = heedful.generate(model, drafter=drafter, posterior_threshold=0.0, **given, **typical)
+        assert all_.stats.accepted[0] == [4] * 5
+    assert heedful.generate(model, drafter=drafter, **given, **typical).stats.tokens_per_step >= 1.0
+    with pytest.raises(ValueError, match="RepetitionPenalty"):
+        heedful.generate(model, drafter=drafter, repetition_penalty=1.2, **given, **typical)
+    with pytest.raises(ValueError, match="eager engine"):
+        heedful.generate(model, drafter=drafter, engine="graph", **given, **typical)
+    with pytest.raises(ValueError, match="'exact' or 'typical'"):
+        heedful.generate(model, drafter=drafter, **given, **typical | {"acceptance": "likely"})

@@ -101,7 +101,7 @@ def test_rope_that_changes_with_the_length(kind):
         ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "right padding"),
         ({"synced_gpus": True}, "synced_gpus"),
         ({"custom_generate": "somebody/something"}, "custom_generate"),
-        ({"acceptance": "typical"}, "acceptance"),
+        ({"acceptance": "likely"}, "acceptance"),
     ],
 )  # fmt: skip
 def test_arguments(options, named):

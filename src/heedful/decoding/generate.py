@@ -53,6 +53,8 @@ def generate(
     acceptance: str = "exact",
     engine: str = "auto",
     compile: bool = False,
+    posterior_threshold: float = 0.09,
+    posterior_alpha: float = 0.3,
     **kwargs: Any,
 ) -> Generation:
     """Generates what ``model.generate`` generates, with several tokens per forward of the model.
@@ -75,7 +77,9 @@ def generate(
         input_ids: LongTensor ``(B, T)``; rows of different lengths are padded on the left, with ``attention_mask=``.
         drafter: proposes tokens; it decides the speed, never the output. None: plain decoding, token by token.
         streamer: a `transformers` streamer, at batch size 1.
-        acceptance: ``"exact"``, the only one there is.
+        acceptance: ``"exact"``; or ``"typical"``, Medusa's typical acceptance, which is LOSSY: a draft is kept where the model
+            gives it more than ``min(posterior_threshold, posterior_alpha exp(-entropy))``, in the eager engine.
+        posterior_threshold, posterior_alpha: of typical acceptance.
         engine: ``"graph"``: a static cache and steps captured as CUDA graphs; ``"eager"``: a forward of the model called step
             by step; ``"auto"``: graphs on a CUDA device wherever they can be exact, else eager. In graphs sampling agrees with
             ``model.generate`` in distribution, not token for token under a seed. Graphs and their cache stay with the model for
@@ -91,7 +95,7 @@ def generate(
             ``prompt_lookup_num_tokens``, ``use_cache=False``, ``past_key_values``, per-token outputs, right padding, and a
             streamer or a processor with state at batch size > 1. The message names the remedy.
     """
-    run = _Run(drafter, streamer, acceptance, engine, compile)
+    run = _Run(drafter, streamer, acceptance, engine, compile, posterior_threshold, posterior_alpha)
     check_call(kwargs)
     check_model(_unwrapped(model))
     if kwargs.get("past_key_values") is not None:
@@ -110,6 +114,8 @@ def custom_generate(
     acceptance: str = "exact",
     engine: str = "auto",
     compile: bool = False,
+    posterior_threshold: float = 0.09,
+    posterior_alpha: float = 0.3,
 ) -> _Run:
     """The engine as a callable for transformers: ``model.generate(..., custom_generate=custom_generate(drafter))``.
 
@@ -120,29 +126,44 @@ def custom_generate(
     Args:
         drafter: proposes tokens; None decodes token by token.
         streamer: gets the prompt and every token, at batch size 1.
-        acceptance: ``"exact"``.
-        engine, compile: as for `generate`.
+        acceptance, engine, compile, posterior_threshold, posterior_alpha: as for `generate`.
 
     Returns:
         The callable; after each run its ``stats`` are the `DecodingStats` of that run.
     """
-    return _Run(drafter, streamer, acceptance, engine, compile)
+    return _Run(drafter, streamer, acceptance, engine, compile, posterior_threshold, posterior_alpha)
 
 
 class _Run:
     """What generate calls once it has prepared everything."""
 
-    def __init__(self, drafter: Drafter | None, streamer: Any, acceptance: str, engine: str, compile: bool) -> None:
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        streamer: Any,
+        acceptance: str,
+        engine: str,
+        compile: bool,
+        threshold: float,
+        alpha: float,
+    ) -> None:
         if drafter is not None and not isinstance(drafter, Drafter):
             raise TypeError(f"drafter must be a heedful.decoding.Drafter or None, got {type(drafter).__name__}")
-        if acceptance != "exact":
-            raise ValueError(f"acceptance must be 'exact', got {acceptance!r}")
+        if acceptance not in ("exact", "typical"):
+            raise ValueError(f"acceptance must be 'exact' or 'typical' (lossy), got {acceptance!r}")
+        if acceptance == "typical" and (engine == "graph" or compile):
+            raise ValueError("acceptance='typical' runs in the eager engine; leave engine and compile out")
+        if threshold < 0 or alpha < 0:
+            raise ValueError(
+                f"posterior_threshold and posterior_alpha must not be negative, got {threshold} and {alpha}"
+            )
         if engine not in ("auto", "graph", "eager"):
             raise ValueError(f"engine must be 'auto', 'graph' or 'eager', got {engine!r}")
         if compile and engine == "eager":
             raise ValueError("compile=True compiles the steps of engine='graph'; leave engine out or leave compile out")
         self.drafter, self.streamer = drafter, streamer
         self.engine, self.compile = engine, compile
+        self.typical = {"posterior_threshold": threshold, "posterior_alpha": alpha} if acceptance == "typical" else None
         self.stats: DecodingStats | None = None
 
     def __call__(
@@ -182,6 +203,10 @@ class _Run:
         criteria: StoppingCriteriaList,
         model_kwargs: dict[str, Any],
     ) -> Callable[..., Engine]:
+        if self.typical is not None:
+            from heedful.decoding.typical import TypicalEngine
+
+            return partial(TypicalEngine, **self.typical)
         if self.engine == "eager" or (self.engine == "auto" and model_device(model).type != "cuda"):
             if self.compile:
                 raise ValueError(
