@@ -19,6 +19,7 @@ _INTEGERS = (torch.int32, torch.int64)
 # Looked up once: a traced call must not look.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+
 def tree_attention(
     query: Tensor,
     key: Tensor,

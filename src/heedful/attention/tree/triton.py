@@ -167,7 +167,8 @@ def _attend(
     lowest = prefix * 0 + columns * 0
     if HAS_WINDOW:
         depth = _depth(tree_mask, node, nodes, stride_tree_i, stride_tree_j)
-    for block in range(tl.maximum(first, unmasked), last):
+    # Two or three blocks as a rule: buffers to read ahead would only take memory from the loop above.
+    for block in tl.range(tl.maximum(first, unmasked), last, num_stages=2 if HAS_WINDOW else 1):
         slot = start + block * BLOCK_N + columns
         inside = slot < end
         offset = slot.to(tl.int64)
