@@ -1,0 +1,50 @@
+"""The kernels of tree attention on a CUDA device."""
+
+import pytest
+import torch
+
+from heedful.attention import tree_attention
+
+pytestmark = pytest.mark.gpu
+BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def tree(nodes):
+    mask = torch.eye(nodes, dtype=torch.bool)
+    for node in range(1, nodes):
+        mask[node] |= mask[(node - 1) // 3]
+    return mask.cuda()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("groups", "nodes"), [(1, 1), (4, 1), (4, 16), (8, 64), (1, 128)])
+def test_error(dtype, dim, groups, nodes):
+    torch.manual_seed(0)
+    query = torch.randn(2, 2 * groups, nodes, dim, device="cuda", dtype=dtype)
+    key, value = torch.randn(2, 2, 2, 3300, dim, device="cuda", dtype=dtype)
+    lengths = torch.tensor([3000, 5], device="cuda")
+    for row, length in enumerate(lengths.tolist()):
+        key[row, :, length + nodes :] = torch.nan
+        value[row, :, length + nodes :] = torch.nan
+    for extra in ({}, {"window": 40}, {"softcap": 20.0, "prefix_start": torch.tensor([17, 5], device="cuda")}):
+        got = tree_attention(query, key, value, tree(nodes), lengths, impl="triton", **extra).double()
+        wide = [x.double() for x in (query, key, value)]
+        want = tree_attention(*wide, tree(nodes), lengths, impl="reference", **extra)
+        assert (got - want).norm() / want.norm() < BOUNDS[dtype]
+
+
+def test_a_captured_call_follows_the_length():
+    torch.manual_seed(0)
+    query = torch.randn(1, 8, 16, 128, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, 1, 2, 2000, 128, device="cuda", dtype=torch.bfloat16)
+    lengths, mask = torch.tensor([100], device="cuda"), tree(16)
+    tree_attention(query, key, value, mask, lengths, impl="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = tree_attention(query, key, value, mask, lengths, impl="triton")
+    for length in (0, 77, 1900):
+        lengths.fill_(length)
+        graph.replay()
+        want = tree_attention(query, key, value, mask, lengths, impl="triton")
+        assert torch.equal(out, want)
