@@ -307,11 +307,14 @@ def test_rows_of_a_batch_are_bitwise_independent(padding):
         assert torch.equal(mask.blocks[one], mask_alone.blocks)
 
 
-def test_the_size_of_a_chunk_changes_no_bit(monkeypatch):
+def test_the_size_of_a_chunk_changes_no_choice(monkeypatch):
+    """Nor the output but in the last bits: some CPUs' products of matrices round by how many there are."""
     query, key, value = tensors(batch=2, queries=500)
-    output = hip_attention(query, key, value, **SMALL)
+    output, mask = hip_attention(query, key, value, return_mask=True, **SMALL)
     monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 1)
-    assert torch.equal(hip_attention(query, key, value, **SMALL), output)
+    again, mask_again = hip_attention(query, key, value, return_mask=True, **SMALL)
+    assert torch.equal(mask.blocks, mask_again.blocks)
+    torch.testing.assert_close(again, output, atol=1e-6, rtol=0)
 
 
 def test_prefill_in_chunks_of_whole_blocks_equals_the_whole_prefill():
