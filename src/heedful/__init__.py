@@ -20,12 +20,12 @@ _EXPORTS = {
     "HiPAttention": "heedful.kernels",
     "generate": "heedful.decoding",
 }
-_MODULES = ("attention", "catalog", "decoding", "interp", "kernels", "steering", "training", "zoo")
+_MODULES = ("attention", "catalog", "decoding", "interp", "kernels", "layers", "models", "steering", "training", "zoo")
 
 __all__ = ["__version__", *_EXPORTS, *_MODULES]
 
 if TYPE_CHECKING:
-    from heedful import attention, catalog, decoding, interp, kernels, steering, training, zoo
+    from heedful import attention, catalog, decoding, interp, kernels, layers, models, steering, training, zoo
     from heedful.decoding import generate
     from heedful.kernels import HiPAttention
     from heedful.seam import AttentionCall, Edit, Kernel, Probe, attach
