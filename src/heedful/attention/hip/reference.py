@@ -29,6 +29,7 @@ def choose(
     block_size_q: int,
     block_stride_q: int,
     block_size_k: int,
+    block_stride_k: int,
     sliding_window: int,
     num_sink_tokens: int,
     attention_mask: Tensor | None,
@@ -92,10 +93,10 @@ def choose(
             continue
         queries = _take(query, sample[:, None, lo:hi])  # (B, Hq, c, s, D)
         origin = (first_slot + num_sink_tokens)[:, None, None, None]
-        scorer = _Scorer(queries, key, attention_mask, vote_limit[:, None, lo:hi], origin, block_size_k)
+        scorer = Scorer(queries, key, attention_mask, vote_limit[:, None, lo:hi], origin, block_size_k, block_stride_k)
         available = num_blocks[:, None, lo:hi, None].expand(batch, heads, hi - lo, 1)
         if depth == 0 or sample_method != "oracle":
-            start, size = _tree(scorer, available, nodes, depth, sample_method, generator)
+            start, size = tree(scorer, available, nodes, depth, sample_method, generator)
         else:
             start, size = _scan(scorer, available, nodes)
         # Sorted, empty places last.
@@ -104,8 +105,8 @@ def choose(
     return mask
 
 
-class _Scorer:
-    """Scores key blocks for a chunk of query blocks: the maximum of q.k over sampled rows and the keys of the block."""
+class Scorer:
+    """Scores key blocks for a chunk of query blocks: the maximum of q.k over sampled rows and sampled keys of it."""
 
     def __init__(
         self,
@@ -115,17 +116,19 @@ class _Scorer:
         vote_limit: Tensor,
         origin: Tensor,
         block_size_k: int,
+        block_stride_k: int = 1,
     ) -> None:
         self.queries = queries.to(_compute_dtype(queries))
         self.key = key
         self.attention_mask = attention_mask
         self.vote_limit = vote_limit[..., None]  # (B, 1, c, s, 1)
         self.origin = origin
-        self.offset = torch.arange(block_size_k, device=key.device)
+        self.block_size_k = block_size_k
+        self.offset = torch.arange(0, block_size_k, block_stride_k, device=key.device)
 
     def __call__(self, block: Tensor) -> Tensor:
         """Scores of blocks `(B, Hq, c, m)`; a block that no sampled row may see scores the lowest finite number."""
-        slots = ((self.origin + block * len(self.offset))[..., None] + self.offset).flatten(-2)
+        slots = ((self.origin + block * self.block_size_k)[..., None] + self.offset).flatten(-2)
         slots = only_real(slots, self.attention_mask, self.key.shape[2])
         keys = _take(self.key, slots.unflatten(1, (self.key.shape[1], -1))).flatten(1, 2).to(self.queries.dtype)
         score = self.queries @ keys.mT  # (B, Hq, c, s, m * b_k)
@@ -134,8 +137,8 @@ class _Scorer:
         return score.unflatten(-1, (-1, len(self.offset))).amax(-1)
 
 
-def _tree(
-    score: _Scorer, available: Tensor, nodes: int, depth: int, sample_method: str, generator: torch.Generator | None
+def tree(
+    score: Scorer, available: Tensor, nodes: int, depth: int, sample_method: str, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """The hierarchical search: `(start, size)` of the n nodes left, in blocks, each `(B, Hq, c, n)`."""
     node = torch.arange(nodes + 1, device=available.device)
@@ -161,7 +164,7 @@ def _tree(
     return start, size
 
 
-def _scan(score: _Scorer, available: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+def _scan(score: Scorer, available: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
     """The tree whose nodes are scored by their best block ("oracle"), which is the n best of all blocks.
 
     Of the nodes of any round at most n hold one of the n best blocks, and these outscore all others, so every round
