@@ -145,7 +145,8 @@ def main() -> None:
     for name in arguments.only:
         print(f"\n# {name}, {torch.cuda.get_device_name()}", flush=True)
         spec = importlib.util.spec_from_file_location(name, HERE / "operators" / f"{name}.py")
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         bench = Bench(arguments.quick)
