@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -96,6 +97,53 @@ def index() -> str:
     return "\n".join(lines) + "\n"
 
 
+def benchmarks() -> str:
+    """The recorded runs of ``benchmarks/attention.py``: one table an operator and device."""
+    lines = [
+        "# Speed of the operators", "",
+        "Recorded runs of `python benchmarks/attention.py`: bf16, the peers in the same run, milliseconds are medians; the error is relative to the "
+        "operator's definition in higher precision, the memory is what a call takes at its peak beside its inputs.", "",
+    ]  # fmt: skip
+    for path in sorted(RESULTS.glob("attention-*.json")):
+        record = json.loads(path.read_text())
+        if not record["rows"]:
+            continue
+        more = sorted(
+            {key for row in record["rows"] for key in row} - {"case", "contestant", "ms", "error", "peak_mib", "length"}
+        )
+        lines += [
+            f"## {record['operator']}, {record['device']}",
+            "",
+            f"{record['date']}, commit {record['commit']}, torch {record['versions']['torch']}, Triton {record['versions']['triton']}.",
+            "",
+        ]
+        if path.with_suffix(".png").exists():
+            shutil.copyfile(path.with_suffix(".png"), ROOT / "benchmarks" / f"{path.stem}.png")
+            lines += [f"![Time against length](benchmarks/{path.stem}.png)", ""]
+        lines += [
+            f"| case | contestant | ms | error | peak MiB | {' | '.join(more)}{' |' if more else ''}",
+            "|" + "---|" * (5 + len(more)),
+        ]
+        for row in record["rows"]:
+            cells = [
+                row["case"],
+                row["contestant"],
+                f"{row['ms']:.4g}",
+                cell(row["error"], ".1e"),
+                cell(row["peak_mib"], ".0f"),
+            ]
+            lines.append("| " + " | ".join([*cells, *(cell(row.get(key), ".3g") for key in more)]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cell(value: object, form: str) -> str:
+    """A table cell: floats in this form, nothing for None."""
+    if value is None:
+        return ""
+    return format(value, form) if isinstance(value, float) else str(value)
+
+
 def model_card() -> str:
     """The bundled model's own card, without its metadata block."""
     text = (zoo.path("classics-20m") / "README.md").read_text()
@@ -108,6 +156,8 @@ def main() -> None:
     check = parser.parse_args().check
     pages = {"methods/index": index()} | {f"methods/{method.slug}": page(method) for method in catalog.methods()}
     pages["zoo"] = model_card()
+    (ROOT / "benchmarks").mkdir(exist_ok=True)
+    pages["benchmarks"] = benchmarks()
     stale = []
     for name, text in pages.items():
         path = ROOT / f"{name}.md"
