@@ -98,12 +98,13 @@ def read_once(model: torch.nn.Module) -> tuple[float, float]:
     return size / bandwidth, bandwidth
 
 
-def print_kernels(run: Callable[[], Any]) -> None:
-    """Time by kernel over a short run."""
+def print_kernels(run: Callable[[], Any], trace: Path) -> None:
+    """Time by kernel over a short run; the order of the kernels goes into a trace for chrome://tracing."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=14, max_name_column_width=70), flush=True)
+    print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=30, max_name_column_width=90), flush=True)
+    profile.export_chrome_trace(str(trace))
 
 
 def main() -> None:
@@ -184,8 +185,9 @@ def main() -> None:
         note(f"64 nodes, {name}: verify step", 1e3 * step, "ms")
         note(f"64 nodes, {name}: over a plain step", step / plain_step, "")
         if arguments.profile:
-            for drafter in (None, wrong):
-                print_kernels(lambda d=drafter, c=compile: ours(d, 24, c))
+            for drafter, kind in ((None, "plain"), (wrong, "64")):
+                trace = out.with_name(f"{out.stem}-{kind}-{form}-trace.json")
+                print_kernels(lambda d=drafter, c=compile: ours(d, 24, c), trace)
         for right in (1, 2, 3):
             # With random weights near ties are many, and which token wins one depends on the node that computes it: replay until
             # the continuation is the one that comes out when it is replayed.

@@ -1,9 +1,9 @@
 """Tree attention in Triton: flash decoding whose tiles of rows hold all nodes and all query heads of a KV head.
 
-`_attend` gives each program one tile of rows and one share of the keys, `_merge` merges the shares by log-sum-exp. The
-tree's keys lie behind the prefix's, so they are the end of the last share: whole blocks of the prefix are read without
-a mask, and only the blocks from there on look at the tree. Grids depend on shapes alone; how many keys there are is
-read on the device, and every program works out its share of them, so a captured CUDA graph serves every length.
+`_attend` gives each program one tile of rows and one share of the keys, `_merge` merges the shares by log-sum-exp. Whole
+blocks of the prefix come first and need no mask; what is left of the prefix, and then the tree, come in narrower blocks
+with one, the tree's as a word of bits for each row. Grids depend on shapes alone; how many keys there are is read on the
+device, and every program works out its share of them, so a captured CUDA graph serves every length.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = math.log2(math.e)
 
@@ -36,15 +37,52 @@ def _keys_of_row(
 
 
 @triton.jit
+def _blocks(prefix, start, nodes, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """How many blocks there are without a mask, of the prefix with one, and of the tree.
+
+    With a window each row has its own first key, so all blocks have a mask.
+    """
+    whole = (prefix - start) // BLOCK_N
+    if HAS_WINDOW:
+        whole = prefix * 0
+    return whole, tl.cdiv(prefix - start - whole * BLOCK_N, TAIL), tl.cdiv(nodes, TAIL)
+
+
+@triton.jit
+def _sees(tree_mask, node, other, nodes, stride_i, stride_j):
+    """Whether each node sees each other, 0 where there is no such node."""
+    inside = (node < nodes)[:, None] & (other < nodes)[None, :]
+    return tl.load(tree_mask + node[:, None] * stride_i + other[None, :] * stride_j, mask=inside, other=0) != 0
+
+
+@triton.jit
 def _depth(tree_mask, node, nodes, stride_i, stride_j):
     """How many nodes each node sees, less itself: its depth."""
     seen = tl.zeros_like(node)
     for j in range(0, nodes, 16):
-        other = j + tl.arange(0, 16)
-        inside = (node < nodes)[:, None] & (other < nodes)[None, :]
-        sees = tl.load(tree_mask + node[:, None] * stride_i + other[None, :] * stride_j, mask=inside, other=0)
-        seen += tl.sum((sees != 0).to(tl.int32), 1)
+        seen += tl.sum(_sees(tree_mask, node, j + tl.arange(0, 16), nodes, stride_i, stride_j).to(tl.int32), 1)
     return tl.maximum(seen - 1, 0)
+
+
+@triton.jit
+def _bits(tree_mask, node, first, nodes, stride_i, stride_j, COUNT: tl.constexpr, BYTES: tl.constexpr):
+    """A word for each node: bit j of COUNT is set if it sees node `first + j`. Rows by columns would not fit beside the sums.
+
+    BYTES: eight neighbours are read at a time, one byte each, 0 or 1.
+    """
+    word = tl.zeros_like(node)
+    if BYTES:
+        eights = tree_mask.to(tl.pointer_type(tl.int64)) + node * (stride_i // 8) + first // 8
+        for j in tl.static_range(0, COUNT, 8):
+            eight = tl.load(eights + j // 8, mask=(node < nodes) & (first + j < nodes), other=0)
+            # Byte i times the 2 ** (7 * (8 - i)) in the factor comes to bit 56 + i.
+            word |= (((eight * 0x0102040810204080) >> 56) & 255).to(tl.int32) << j
+    else:
+        for j in tl.static_range(0, COUNT):
+            inside = (node < nodes) & (first + j < nodes)
+            sees = tl.load(tree_mask + node * stride_i + (first + j) * stride_j, mask=inside, other=0) != 0
+            word |= sees.to(tl.int32) << j
+    return word
 
 
 @triton.jit
@@ -69,6 +107,8 @@ def _attend(
     query,
     key,
     value,
+    key_blocks,
+    value_blocks,
     tree_mask,
     prefix_length,
     prefix_start,
@@ -101,6 +141,9 @@ def _attend(
     STRIDE_VALUE_T: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
+    SPAN: tl.constexpr,
+    BYTES: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -109,20 +152,17 @@ def _attend(
     # Tiles come first in program order: those of one share run side by side, and all but one find it in the L2 cache.
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    batch = tl.program_id(2) // KV_HEADS
+    row_of_batch = tl.program_id(2) // KV_HEADS
+    batch = row_of_batch.to(tl.int64)
     kv_head = tl.program_id(2) % KV_HEADS
     prefix, start = _keys_of_row(prefix_length, prefix_start, batch, nodes, capacity, window, HAS_START, HAS_WINDOW)
     end = prefix + nodes
-    blocks = tl.cdiv(end - start, BLOCK_N)
-    share = tl.cdiv(blocks, splits)
+    whole, rest, behind = _blocks(prefix, start, nodes, BLOCK_N, TAIL, HAS_WINDOW)
+    share = tl.cdiv(whole + rest + behind, splits)
     first = split * share
-    last = tl.minimum(first + share, blocks)
+    last = tl.minimum(first + share, whole + rest + behind)
     if first >= last:
         return
-    # A block of the prefix alone needs no mask. With a window each row has its own first key: all blocks have one.
-    unmasked = tl.minimum(last, (prefix - start) // BLOCK_N)
-    if HAS_WINDOW:
-        unmasked = first
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     head = kv_head * GROUP + row // nodes
@@ -130,7 +170,6 @@ def _attend(
     real = row < rows
     dims = tl.arange(0, D)
     columns = tl.arange(0, BLOCK_N)
-    batch = batch.to(tl.int64)
     query += batch * stride_query_b
     at = head.to(tl.int64) * stride_query_h + node.to(tl.int64) * stride_query_t
     q = tl.load(query + at[:, None] + dims[None, :], mask=real[:, None], other=0.0)
@@ -142,12 +181,16 @@ def _attend(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
-    begin = (start + first * BLOCK_N).to(tl.int64)
-    keys = key + begin * STRIDE_KEY_T + (columns[None, :] * STRIDE_KEY_T + dims[:, None])
-    values = value + begin * STRIDE_VALUE_T + (columns[:, None] * STRIDE_VALUE_T + dims[None, :])
-    for _ in range(first, unmasked):
-        k = tl.load(keys)
-        logits = tl.dot(q, k, input_precision=PRECISION)
+    if key_blocks is None:
+        begin = (start + first * BLOCK_N).to(tl.int64)
+        keys = key + begin * STRIDE_KEY_T + (columns[:, None] * STRIDE_KEY_T + dims[None, :])
+        values = value + begin * STRIDE_VALUE_T + (columns[:, None] * STRIDE_VALUE_T + dims[None, :])
+    for block in range(first, tl.minimum(last, whole)):
+        if key_blocks is None:
+            k = tl.load(keys)
+        else:
+            k = key_blocks.load([row_of_batch, kv_head, start + block * BLOCK_N, 0]).reshape(BLOCK_N, D)
+        logits = tl.dot(q, k.T, input_precision=PRECISION)
         if HAS_SOFTCAP:
             logits = _capped(logits * scale, softcap) * 1.4426950408889634
             new_top = tl.maximum(top, tl.max(logits, 1))
@@ -158,41 +201,46 @@ def _attend(
         kept = tl.exp2(top - new_top)
         total = total * kept + tl.sum(weights, 1)
         acc = acc * kept[:, None]
-        v = tl.load(values)
+        if key_blocks is None:
+            v = tl.load(values)
+            keys += BLOCK_N * STRIDE_KEY_T
+            values += BLOCK_N * STRIDE_VALUE_T
+        else:
+            v = value_blocks.load([row_of_batch, kv_head, start + block * BLOCK_N, 0]).reshape(BLOCK_N, D)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
-        keys += BLOCK_N * STRIDE_KEY_T
-        values += BLOCK_N * STRIDE_VALUE_T
 
-    lowest = prefix * 0 + columns * 0
     if HAS_WINDOW:
-        depth = _depth(tree_mask, node, nodes, stride_tree_i, stride_tree_j)
-    # Two or three blocks as a rule: buffers to read ahead would only take memory from the loop above.
-    for block in tl.range(tl.maximum(first, unmasked), last, num_stages=2 if HAS_WINDOW else 1):
-        slot = start + block * BLOCK_N + columns
-        inside = slot < end
+        oldest = prefix + _depth(tree_mask, node, nodes, stride_tree_i, stride_tree_j) - window
+    places = tl.arange(0, TAIL)
+    COUNT: tl.constexpr = SPAN if SPAN < 32 else 32
+    # Two or three blocks without a window: buffers to read ahead would only take memory from the loop above.
+    for block in tl.range(tl.maximum(first - whole, 0), last - whole, num_stages=2 if HAS_WINDOW else 1):
+        in_tree = block >= rest
+        other = (block - rest) * TAIL + places
+        slot = tl.where(in_tree, prefix + other, start + whole * BLOCK_N + block * TAIL + places)
+        inside = slot < tl.where(in_tree, end, prefix)
         offset = slot.to(tl.int64)
-        k = tl.load(key + offset[None, :] * STRIDE_KEY_T + dims[:, None], mask=inside[None, :], other=0.0)
+        k = tl.load(key + offset[:, None] * STRIDE_KEY_T + dims[None, :], mask=inside[:, None], other=0.0)
         v = tl.load(value + offset[:, None] * STRIDE_VALUE_T + dims[None, :], mask=inside[:, None], other=0.0)
-        logits = tl.dot(q, k, input_precision=PRECISION) * scale
+        logits = tl.dot(q, k.T, input_precision=PRECISION) * scale
         if HAS_SOFTCAP:
             logits = _capped(logits, softcap)
-        in_tree = inside & (slot >= prefix)
-        other = slot - prefix
-        sees = tl.load(
-            tree_mask + node[:, None] * stride_tree_i + other[None, :] * stride_tree_j,
-            mask=real[:, None] & in_tree[None, :],
-            other=0,
-        )
-        sees = sees != 0
-        in_prefix = (slot < prefix)[None, :]
+        low = tl.full((BLOCK_M,), -1, tl.int32)
+        high = low
+        if in_tree:
+            begun = (block - rest) * TAIL
+            low = _bits(tree_mask, node, begun, nodes, stride_tree_i, stride_tree_j, COUNT, BYTES)
+            if TAIL > 32 and SPAN > 32:
+                high = _bits(tree_mask, node, begun + 32, nodes, stride_tree_i, stride_tree_j, 32, BYTES)
+        word = tl.where(places[None, :] < 32, low[:, None], high[:, None]) >> (places[None, :] & 31)
+        visible = inside[None, :] & ((word & 1) != 0)
         if HAS_WINDOW:
-            lowest = tl.where(
-                in_tree, _depth(tree_mask, tl.where(in_tree, other, nodes), nodes, stride_tree_i, stride_tree_j), 0
-            )
-            sees = sees & (depth[:, None] - lowest[None, :] < window)
-            in_prefix = in_prefix & (slot[None, :] > prefix + depth[:, None] - window)
-        logits = tl.where(in_prefix | sees, logits * 1.4426950408889634, float("-inf"))
+            position = slot
+            if in_tree:
+                position = prefix + _depth(tree_mask, other, nodes, stride_tree_i, stride_tree_j)
+            visible = visible & (position[None, :] > oldest[:, None])
+        logits = tl.where(visible, logits * 1.4426950408889634, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
         weights = tl.exp2(logits - finite_top[:, None])
@@ -225,6 +273,7 @@ def _merge(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -234,7 +283,8 @@ def _merge(
     head = tl.program_id(1)
     batch = tl.program_id(2)
     prefix, start = _keys_of_row(prefix_length, prefix_start, batch, nodes, capacity, window, HAS_START, HAS_WINDOW)
-    blocks = tl.cdiv(prefix + nodes - start, BLOCK_N)
+    whole, rest, behind = _blocks(prefix, start, nodes, BLOCK_N, TAIL, HAS_WINDOW)
+    blocks = whole + rest + behind
     used = tl.cdiv(blocks, tl.cdiv(blocks, splits))  # the others had no keys and wrote nothing
     row = ((batch.to(tl.int64) * HEADS + head) * nodes + node) * splits
     dims = tl.arange(0, D)
@@ -267,6 +317,8 @@ class _Config(NamedTuple):
     num_warps: int
     num_stages: int
     programs: int  # that one multiprocessor runs at a time: as many shares of the keys are made
+    copies: bool = False  # whole blocks come by the copy engine (TMA)
+    registers: int | None = None
 
 
 def _config(rows: int, dim: int, dtype: torch.dtype) -> _Config:
@@ -311,15 +363,17 @@ def _launch(
     window: int,
     softcap: float,
     scale: float,
+    config: _Config | None = None,
 ) -> Tensor:
-    """`(B, n, Hq, D)`. window 0: none; softcap 0: none."""
+    """`(B, n, Hq, D)`. window 0: none; softcap 0: none; config: another than `_config` says, to try it."""
     batch, heads, nodes, dim = query.shape
     kv_heads, capacity = key.shape[1:3]
     # A copy where a row's elements are apart; a cache never is.
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     group = heads // kv_heads
     rows = group * nodes
-    config = _config(rows, dim, query.dtype)
+    config = config or _config(rows, dim, query.dtype)
+    tail = min(config.block_n, 64)
     tiles = -(-rows // config.block_m)
     slots = _multiprocessors(query.device) * config.programs
     splits = _splits(batch * kv_heads * tiles, slots, -(-capacity // config.block_n))
@@ -332,12 +386,18 @@ def _launch(
         partial = torch.empty((batch, heads, nodes, splits, dim), dtype=torch.float32, device=query.device)
         strides = (heads * nodes * splits * dim, nodes * splits * dim, splits * dim)
     tree = tree_mask.view(torch.uint8)
+    blocks: list[TensorDescriptor | None] = [None, None]
+    if config.copies:
+        blocks = [
+            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, config.block_n, dim]) for x in (key, value)
+        ]
     flags = {"HAS_START": prefix_start is not None, "HAS_WINDOW": window > 0}
     starts = prefix_length if prefix_start is None else prefix_start
     _attend[(tiles, splits, batch * kv_heads)](
         query,
         key,
         value,
+        *blocks,
         tree,
         prefix_length,
         starts,
@@ -364,10 +424,14 @@ def _launch(
         STRIDE_VALUE_T=value.stride(2),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        TAIL=tail,
+        SPAN=triton.next_power_of_2(nodes),
+        BYTES=nodes % 8 == 0 and tree.is_contiguous() and tree.data_ptr() % 8 == 0,
         HAS_SOFTCAP=softcap > 0,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.registers,
         **flags,
     )
     if splits > 1:
@@ -384,6 +448,7 @@ def _launch(
             HEADS=heads,
             D=dim,
             BLOCK_N=config.block_n,
+            TAIL=tail,
             BLOCK_S=16,
             num_warps=4 if dim >= 128 else 2,
             **flags,
