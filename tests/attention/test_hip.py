@@ -536,7 +536,7 @@ def test_number_of_dot_products():
         ({"scale": 0.0}, "scale"),
         ({"softcap": -1.0}, "softcap"),
         ({"sink_logits": torch.zeros(2)}, "sink_logits"),
-        ({"impl": "triton"}, "not there yet"),
+        ({"impl": "triton"}, "takes D and Dv of 16"),
         ({"impl": "cuda"}, "impl must be"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,9 @@ from heedful.attention.hip.mask import HiPMask
 
 __all__ = ["HiPMask", "hip_attention"]
 
-_IMPLEMENTATIONS = ("auto", "reference")
+_IMPLEMENTATIONS = ("auto", "reference", "triton")
+# Looked up once: a traced call must not look.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _SAMPLE_METHODS = ("center", "first", "last", "random", "oracle")
 
 
@@ -129,9 +134,13 @@ def hip_attention(
     if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
         raise ValueError(f"sink_logits must be ({query.shape[1]},), got shape {tuple(sink_logits.shape)}")
 
+    backend = _backend(
+        query, key, value, sink_logits, impl, top_k, block_size_q, block_stride_q, block_size_k, sample_method, mask
+    )
     with torch.autocast(device, enabled=False):  # sums stay float32
         if mask is None:
-            mask = reference.choose(
+            random = {"generator": generator} if backend is reference else {}
+            mask = backend.choose(
                 query,
                 key,
                 top_k=top_k,
@@ -143,7 +152,7 @@ def hip_attention(
                 num_sink_tokens=num_sink_tokens,
                 attention_mask=attention_mask,
                 sample_method=sample_method,
-                generator=generator,
+                **random,
             )
         else:
             if mask.blocks.shape[:2] != query.shape[:2] or mask.blocks.device != query.device:
@@ -154,8 +163,45 @@ def hip_attention(
             if (mask.num_queries, mask.num_keys) != (query.shape[2], key.shape[2]):
                 mask = mask.extended(query.shape[2], key.shape[2], attention_mask)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        output = reference.attend(query, key, value, mask, scale=scale, softcap=softcap, sink_logits=sink_logits)
+        output = backend.attend(query, key, value, mask, scale=scale, softcap=softcap, sink_logits=sink_logits)
     return (output, mask) if return_mask else output
+
+
+def _backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sink_logits: Tensor | None,
+    impl: str,
+    top_k: int,
+    block_size_q: int,
+    block_stride_q: int,
+    block_size_k: int,
+    sample_method: str,
+    mask: HiPMask | None,
+) -> Any:
+    """The module that computes this call: `reference`, or `triton` where it is asked for or can."""
+    if impl == "reference" or (impl == "auto" and not query.is_cuda):
+        return reference
+    reason = None
+    leaves = [x for x in (query, key, value, sink_logits) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+        reason = "has no backward and an input needs a gradient (or call it under torch.no_grad())"
+    elif not _HAS_TRITON:
+        reason = "needs the package triton, which is not installed"
+    elif mask is None and sample_method not in ("center", "first", "last"):
+        reason = f"takes sample_method 'center', 'first' or 'last', not {sample_method!r}"
+    else:
+        from heedful.attention.hip import triton
+
+        nodes = 1 if mask is not None else -(-min(top_k, key.shape[2]) // block_size_k)
+        rows = min(block_size_q, query.shape[2])
+        reason = triton.refuses(query, value, nodes, rows, rows if mask is not None else block_stride_q, 1)
+        if reason is None:
+            return triton
+    if impl == "triton":
+        raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+    return reference
 
 
 def check_arguments(
@@ -187,8 +233,7 @@ def check_arguments(
     if sample_method not in _SAMPLE_METHODS:
         raise ValueError(f"sample_method must be one of {', '.join(map(repr, _SAMPLE_METHODS))}, got {sample_method!r}")
     if impl not in _IMPLEMENTATIONS:
-        there = " ('triton' is not there yet)" if impl == "triton" else ""
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}{there}")
+        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:

@@ -6,7 +6,9 @@ captured in a CUDA graph, refresh included: whether a row's choice is due is dec
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from heedful.attention.hip import reference
 __all__ = ["HiPDecodeState", "hip_decode"]
 
 _IMPLEMENTATIONS = ("auto", "reference", "triton")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: a traced call must not look
 
 
 class HiPDecodeState:
@@ -192,7 +195,30 @@ def hip_decode(
     if 0 in query.shape:
         return query.new_zeros((*query.shape[:3], value.shape[-1]))
     with torch.autocast(device, enabled=False):  # sums stay float32
-        return _reference(query, key, value, lengths, state, refresh_interval, first_real, scale, softcap, sink_logits)
+        run = _backend(query, value, key, sink_logits, state, impl)
+        return run(query, key, value, lengths, state, refresh_interval, first_real, scale, softcap, sink_logits)
+
+
+def _backend(
+    query: Tensor, value: Tensor, key: Tensor, sink_logits: Tensor | None, state: HiPDecodeState, impl: str
+) -> Callable[..., Tensor]:
+    """What computes this step: the reference, or the kernels where they are asked for or can."""
+    if impl == "reference" or (impl == "auto" and not query.is_cuda):
+        return _reference
+    leaves = [x for x in (query, key, value, sink_logits) if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+        reason: str | None = "has no backward and an input needs a gradient (or call it under torch.no_grad())"
+    elif not _HAS_TRITON:
+        reason = "needs the package triton, which is not installed"
+    else:
+        from heedful.attention.hip import triton
+
+        reason = triton.refuses(query, value, state.nodes, 1, 1, 1)
+        if reason is None:
+            return triton.decode
+    if impl == "triton":
+        raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+    return _reference
 
 
 @torch.no_grad()
@@ -243,7 +269,7 @@ def _reference(
     softcap: float | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    batch, heads, _, dim = query.shape
+    batch, heads = query.shape[:2]
     kv_heads = key.shape[1]
     length = lengths.long()
     first = torch.zeros_like(length) if first_real is None else first_real.long()

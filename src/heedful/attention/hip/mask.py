@@ -145,6 +145,64 @@ class HiPMask:
         return (chosen + window + sink).flatten(2)[..., : self.num_queries]
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the query blocks of a call lie, and where their searches end.
+
+    Attributes:
+        rows: Rows of a query block.
+        count: Query blocks, N.
+        window: The sliding window; with a smaller one, keys in the future of a block's first row would take part in
+            its choice.
+        last_end: End of the last block's search where nothing is padded, a slot, exclusive.
+        first_slot: First real token of each batch row, int64 `(B,)`.
+        real_end: Slot after the last real token of each batch row, int64 `(B,)`.
+        block_slot: Slot of the first row of each block, int64 `(N,)`.
+        real_rows: Rows of each block that are neither past the end nor right padding, at least 1: int64 `(B, N)`.
+        search_end: End of each block's search, a slot, exclusive: int64 `(B, N)`.
+    """
+
+    rows: int
+    count: int
+    window: int
+    last_end: int
+    first_slot: Tensor
+    real_end: Tensor
+    block_slot: Tensor
+    real_rows: Tensor
+    search_end: Tensor
+
+    def nodes(self, top_k: int, block_size_k: int, num_sink_tokens: int) -> int:
+        """Key blocks to choose: as many as top_k holds, or all there are."""
+        return min(-(-top_k // block_size_k), -(-max(0, self.last_end - num_sink_tokens) // block_size_k))
+
+
+def layout(query: Tensor, key: Tensor, block_size_q: int, sliding_window: int, attention_mask: Tensor | None) -> Layout:
+    """The `Layout` of a call."""
+    batch, _, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    device = query.device
+    window = max(sliding_window, block_size_q - 1)
+    rows = min(block_size_q, num_queries)
+    count = -(-num_queries // rows)
+    block_slot = num_keys - num_queries + rows * torch.arange(count, device=device)
+    real_end = torch.full((batch,), num_keys, device=device)
+    if attention_mask is not None:
+        real_end = (attention_mask * torch.arange(1, num_keys + 1, device=device)).amax(1)
+    real_rows = (real_end[:, None] - block_slot).clamp(1, rows)
+    return Layout(
+        rows,
+        count,
+        window,
+        num_keys - window,
+        first_real_slot(attention_mask, batch, device),
+        real_end,
+        block_slot,
+        real_rows,
+        block_slot + real_rows - window,
+    )
+
+
 def first_real_slot(attention_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
     """Slot of the first True of each row, int64 `(B,)`; 0 where there is no mask."""
     if attention_mask is None:

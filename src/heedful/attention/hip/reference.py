@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from heedful.attention.hip.mask import HiPMask, first_real_slot, only_real
+from heedful.attention.hip.mask import NOWHERE, HiPMask, layout, only_real
 
 # Elements of the largest temporary of one chunk of query blocks: near the size of a CPU's cache; enough to fill a GPU.
 _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 1 << 22, 1 << 26
@@ -44,32 +44,22 @@ def choose(
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     device = query.device
-    # With a smaller window, keys in the future of a block's first row would take part in its choice.
-    window = max(sliding_window, block_size_q - 1)
-    rows = min(block_size_q, num_queries)
-    count = -(-num_queries // rows)
+    where = layout(query, key, block_size_q, sliding_window, attention_mask)
+    rows, count, window, real_rows = where.rows, where.count, where.window, where.real_rows
 
     def searchable_blocks(end: Tensor) -> Tensor:
         return (end - num_sink_tokens).clamp(min=0).add(block_size_k - 1) // block_size_k
 
-    # Real rows of each query block: a short last block, or one that runs into right padding, is represented by these.
-    block_slot = num_keys - num_queries + rows * torch.arange(count, device=device)
-    real_end = torch.full((batch,), num_keys, device=device)
-    if attention_mask is not None:
-        real_end = (attention_mask * torch.arange(1, num_keys + 1, device=device)).amax(1)
-    real_rows = (real_end[:, None] - block_slot).clamp(1, rows)  # (B, N)
-    search_end = block_slot + real_rows - window
-    first_slot = first_real_slot(attention_mask, batch, device)
-    num_blocks = searchable_blocks(search_end - first_slot[:, None])  # (B, N)
+    num_blocks = searchable_blocks(where.search_end - where.first_slot[:, None])  # (B, N)
 
     # What is the same for all batch rows is planned on the host, from the slots alone (as if nothing were padded):
     # more rounds than a padded row needs leave its choice as it is.
     host_end = num_keys - num_queries + rows * torch.arange(1, count + 1)
     plan = searchable_blocks(host_end.clamp(max=num_keys) - window)
-    nodes = min(-(-top_k // block_size_k), int(plan.amax()))
+    nodes = where.nodes(top_k, block_size_k, num_sink_tokens)
     blocks = torch.full((batch, heads, count, nodes), -1, dtype=torch.int32, device=device)
     mask = HiPMask(
-        blocks, search_end, num_queries, num_keys, rows, block_size_k, window, num_sink_tokens, attention_mask
+        blocks, where.search_end, num_queries, num_keys, rows, block_size_k, window, num_sink_tokens, attention_mask
     )
     if nodes == 0:
         return mask
@@ -83,7 +73,7 @@ def choose(
     sample = torch.where(votes, sample, real_rows[..., None] - 1)
     votes[..., 0] = True
     # A row may not vote on keys in its own window or future. -1: no vote at all.
-    vote_limit = torch.where(votes, block_slot[:, None] + sample - window, -1)
+    vote_limit = torch.where(votes, where.block_slot[:, None] + sample - window, -1)
     sample = (sample + rows * torch.arange(count, device=device)[:, None]).clamp(max=num_queries - 1)
 
     work = batch * heads * 2 * nodes * block_size_k * (key.shape[-1] + sample.shape[-1])
@@ -92,7 +82,7 @@ def choose(
         if depth < 0:
             continue
         queries = _take(query, sample[:, None, lo:hi])  # (B, Hq, c, s, D)
-        origin = (first_slot + num_sink_tokens)[:, None, None, None]
+        origin = (where.first_slot + num_sink_tokens)[:, None, None, None]
         scorer = Scorer(queries, key, attention_mask, vote_limit[:, None, lo:hi], origin, block_size_k, block_stride_k)
         available = num_blocks[:, None, lo:hi, None].expand(batch, heads, hi - lo, 1)
         if depth == 0 or sample_method != "oracle":
@@ -212,7 +202,7 @@ def attend(
     # The sinks are the same for all query blocks.
     sink_slots = mask.first_slot[:, None] + torch.arange(min(mask.num_sink_tokens, num_keys), device=device)
     sink_slots = only_real(sink_slots, mask.attention_mask, num_keys)[:, None, None, None]
-    sink_key, sink_value = (_take(x, sink_slots).to(dtype) for x in (key, value))
+    sink_key = _take(key, sink_slots).to(dtype)
 
     if sink_logits is not None:
         sink_logits = sink_logits.to(dtype).view(kv_heads, 1, -1, 1, 1)
@@ -231,16 +221,17 @@ def attend(
         # A part: logits (B, Hkv, c, G, b_q, keys), -inf where hidden, and values (B, Hkv, c or 1, G or 1, keys, Dv).
         slots = only_real(window_slots[None, None, lo:hi, None], mask.attention_mask, num_keys)  # (B or 1, 1, c, 1, W)
         visible = (slots[..., None, :] >= window_start) & (slots[..., None, :] <= row_slot)
-        parts = [(_logits(chunk, _take(key, slots).to(dtype), visible, softcap), _take(value, slots).to(dtype))]
+        parts = [(_logits(chunk, _take(key, slots).to(dtype), visible, softcap), _values(value, slots, dtype))]
 
         if mask.num_sink_tokens > 0:
             visible = sink_slots[..., None, :] < window_start
-            parts.append((_logits(chunk, sink_key, visible, softcap), sink_value))
+            read = torch.where(sink_slots <= row_slot[:, :, -1], sink_slots, NOWHERE)
+            parts.append((_logits(chunk, sink_key, visible, softcap), _values(value, read, dtype)))
 
         if searched[lo]:
             slots = mask.block_tokens(lo, hi).unflatten(1, (kv_heads, -1)).transpose(2, 3)  # (B, Hkv, c, G, keys)
             visible = slots[..., None, :] < window_start
-            parts.append((_logits(chunk, _take(key, slots).to(dtype), visible, softcap), _take(value, slots).to(dtype)))
+            parts.append((_logits(chunk, _take(key, slots).to(dtype), visible, softcap), _values(value, slots, dtype)))
 
         output = _softmax_sum(parts, sink_logits).to(query.dtype)
         outputs.append(output.transpose(2, 3).flatten(1, 2).flatten(2, 3))
@@ -287,6 +278,11 @@ def _take(source: Tensor, slots: Tensor) -> Tensor:
         return source[head // heads, head % heads, slots]
     flat = (head * length + slots).flatten()
     return source.reshape(-1, dim).index_select(0, flat).view(batch, heads, *slots.shape[2:], dim)
+
+
+def _values(value: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values at `slots`, 0 for NOWHERE: a NaN in what nobody reads would survive its weight of 0."""
+    return _take(value, slots).to(dtype).masked_fill((slots == NOWHERE)[..., None], 0)
 
 
 def _runs(kinds: Tensor, limit: int) -> Iterator[tuple[int, int]]:
