@@ -1,5 +1,8 @@
 """The fixed-shape engine on the CPU, its operations run one by one instead of captured: the tokens of model.generate."""
 
+import copy
+import gc
+import weakref
 from functools import partial
 
 import pytest
@@ -79,14 +82,14 @@ def test_end_tokens_inside_a_path_and_sessions_that_are_used_again(batch, monkey
         reference = model.generate(**given, **options)
         for drafter in (None, DRAFTERS["static tree"](plain, padding(given))):
             assert torch.equal(heedful.generate(model, drafter=drafter, **given, **options).sequences, reference)
-    assert len(graph._sessions[model]) < 8  # not one for each generate
+    assert len(graph.sessions_of(model)) < 8  # not one for each generate
     monkeypatch.setattr(graph, "KEPT_SHARE", 0.0)
     longer = inputs(model, batch=batch, length=17, seed=5)
     assert torch.equal(
         heedful.generate(model, drafter=TokenRecycling(), **longer, **GREEDY).sequences,
         model.generate(**longer, **GREEDY),
     )
-    assert len(graph._sessions[model]) == 1  # made room
+    assert len(graph.sessions_of(model)) == 1  # made room
 
 
 def test_the_cache_after_a_run_is_that_of_a_prefill():
@@ -94,7 +97,7 @@ def test_the_cache_after_a_run_is_that_of_a_prefill():
     reference = model.generate(**given, **GREEDY)
     drafter = DRAFTERS["random tree"](reference)
     heedful.generate(model, drafter=drafter, **given, **GREEDY)
-    (session,) = graph._sessions[model].values()
+    (session,) = graph.sessions_of(model).values()
     cached = int(session.lengths)
     assert cached == reference.shape[1] - 1
     fresh = model(reference[:, :cached], use_cache=True).past_key_values
@@ -111,6 +114,36 @@ def test_a_drafter_that_always_errs_changes_speed_only():
     model, given = setting(batch=3)
     reference = model.generate(**given, **GREEDY)
     assert torch.equal(heedful.generate(model, drafter=Garbage(), **given, **GREEDY).sequences, reference)
+
+
+def test_sessions_belong_to_the_model_and_go_with_it():
+    model, given = setting()
+    heedful.generate(model, drafter=TokenRecycling(), **given, **GREEDY)
+    assert len(graph.sessions_of(model)) == 1
+    assert len(graph.sessions_of(copy.deepcopy(model))) == 0
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_trees_on_the_device_that_the_cache_has_no_room_for_are_drafted_on_the_host(monkeypatch):
+    class Wide(Drafter):
+        def propose(self, roots, committed):
+            return [DraftTree(root.repeat(150), torch.tensor([-1, *[0] * 149])) for root in roots]
+
+        def on_device(self, model, batch_size, capacity):
+            drafter = graph.Plain()
+            drafter.num_nodes = 150
+            return drafter
+
+    monkeypatch.setattr(graph, "ROWS", 1)
+    model, given = setting()
+    result = heedful.generate(model, drafter=Wide(), **given, **GREEDY)
+    assert torch.equal(result.sequences, model.generate(**given, **GREEDY))
+    (session,) = graph.sessions_of(model).values()
+    assert session.drafter is None
+    assert max(session.steps) == graph.BUCKETS[-1]
 
 
 def test_sampling_has_the_models_distribution():

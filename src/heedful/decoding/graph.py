@@ -14,8 +14,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, cast
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import LongTensor, Tensor
@@ -38,6 +38,9 @@ from heedful.decoding.support import model_device
 from heedful.decoding.tree import VerifiedTree, topology
 from heedful.seam import AttentionCall, Kernel, Verification, attach
 
+if TYPE_CHECKING:
+    from heedful.decoding.move_rows import RowMover
+
 #: Nodes that trees are padded to, the root included. Larger trees are cut to the last one.
 BUCKETS = (1, 8, 16, 32, 64, 128)
 #: The deepest node that a tree of a bucket may have; it sizes the tensors of a path.
@@ -50,7 +53,27 @@ KEPT_SHARE = 0.1
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 _HEAD_SIZES = (64, 128, 256)
 
-_sessions: WeakKeyDictionary[PreTrainedModel, OrderedDict[tuple[Any, ...], Session]] = WeakKeyDictionary()
+_ATTRIBUTE = "_heedful_graphs"
+_models: WeakSet[PreTrainedModel] = WeakSet()
+
+
+class _Sessions(OrderedDict[tuple[Any, ...], "Session"]):
+    """A model's sessions, least recently used first. They refer to the model, so a registry of all would keep it alive: they
+    are an attribute of the model, which leaves its copies and its files without them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Sessions:
+        return _Sessions()
+
+    def __reduce__(self) -> Any:
+        return _Sessions, ()
+
+
+def sessions_of(model: PreTrainedModel) -> _Sessions:
+    """The sessions that are kept with a model."""
+    if _ATTRIBUTE not in model.__dict__:
+        model.__dict__[_ATTRIBUTE] = _Sessions()
+        _models.add(model)
+    return cast(_Sessions, model.__dict__[_ATTRIBUTE])
 
 
 def unsupported(
@@ -96,13 +119,12 @@ def unsupported(
 
 def release_graphs(model: PreTrainedModel | None = None) -> None:
     """Frees the captured graphs and caches of one model, or of all."""
-    if model is None:
-        _sessions.clear()
-    else:
-        _sessions.pop(model, None)
+    for one in list(_models) if model is None else [model]:
+        one.__dict__.pop(_ATTRIBUTE, None)
+        _models.discard(one)
 
 
-def _make_room(known: OrderedDict[tuple[Any, ...], Session], device: torch.device) -> None:
+def _make_room(known: _Sessions, device: torch.device) -> None:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 33
     while known and sum(session.cache.nbytes for session in known.values()) > KEPT_SHARE * memory:
         known.popitem(last=False)
@@ -203,6 +225,7 @@ class Session:
         self.drafter, self.requires, self.do_sample = drafter, requires, do_sample
         self.processors = processors
         self.capture = capture
+        self.owner: Drafter | None = None  # kept, so that no other drafter gets the id by which this session is known
         self.cache = GraphCache(model, capacity)
         self.device = device = model_device(model)
 
@@ -213,15 +236,19 @@ class Session:
         self.finished = torch.zeros(batch, dtype=torch.bool, device=device)
         self.end_tokens = torch.full((_END_TOKENS,), -1, device=device)
         self.rows = torch.arange(batch, device=device)[:, None]
-        #: What the model's forward is given as a mask: nothing reads it, and it keeps the model from making one.
-        self.no_mask = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=device)
+        # What the model's forward is given as a mask, or as one for each kind of layer: nothing reads it, and it keeps the model
+        # from making one.
+        none = torch.zeros(1, 1, 1, 1, dtype=model.dtype, device=device)
+        kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+        self.no_mask: Any = none if kinds is None else dict.fromkeys(kinds, none)
         self.trees: dict[int, Trees] = {}
         self.shown: Trees
         self.steps: dict[int, CapturedStep] = {}
         self.pool = torch.cuda.graph_pool_handle() if capture else None
         self.capture_seconds = 0.0
+        self.graph_bytes = 0
         self.hidden: list[Tensor] = []
-        self.mover: Any = None
+        self.movers: list[RowMover] | None = None
         self.forward = self._forward
         self.walk, self.trim = walk, trim
         if compile:
@@ -250,17 +277,12 @@ class Session:
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         return self.model(
             input_ids=tokens,
-            attention_mask=self.no_mask_for_model,
+            attention_mask=self.no_mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
         ).logits
-
-    @property
-    def no_mask_for_model(self) -> Any:
-        kinds = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None)
-        return self.no_mask if kinds is None else dict.fromkeys(kinds, self.no_mask)
 
     def choose(self, logits: Tensor) -> Tensor:
         """The token chosen after every node, ``(B, n, V)`` to ``(B, n)``.
@@ -292,7 +314,8 @@ class Session:
         count, ended = self.trim(walked, self.end_tokens, self.remaining)
         count = torch.where(self.finished, 0, count)
         steps = torch.arange(trees.path_length, device=self.device)
-        self._move(self.lengths[:, None] + walked.path, self.lengths[:, None] + steps)
+        if trees.path_length > 1:  # the root is where it belongs
+            self._move(self.lengths[:, None] + walked.path, self.lengths[:, None] + steps)
         self.lengths += count
         self.positions += count
         self.remaining -= count
@@ -312,18 +335,20 @@ class Session:
         return step, torch.cat([walked.emitted, count[:, None], self.finished[:, None].long()], dim=1)
 
     def _move(self, sources: Tensor, targets: Tensor) -> None:
+        """Keeps an accepted path: its rows of the cache, right behind the text."""
         sources, targets = sources.clamp(max=self.capacity - 1), targets.clamp(max=self.capacity - 1)
-        if self.mover is None and self.device.type == "cuda":
-            from heedful.decoding.move_rows import RowMover
-
-            states = [s for layer in self.cache.own_layers for s in (layer.keys, layer.values)]
-            shapes = {s.shape for s in cast(list[Tensor], states)}
-            movers = [RowMover([s for s in cast(list[Tensor], states) if s.shape == shape]) for shape in shapes]
-            self.mover = movers
-        if self.mover is None:
+        if self.device.type != "cuda":
             self.cache.move(self.rows, sources, targets)
             return
-        for mover in self.mover:
+        if self.movers is None:
+            from heedful.decoding.move_rows import RowMover
+
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for layer in self.cache.own_layers:
+                for states in (cast(Tensor, layer.keys), cast(Tensor, layer.values)):
+                    by_shape.setdefault(states.shape, []).append(states)
+            self.movers = [RowMover(alike) for alike in by_shape.values()]
+        for mover in self.movers:
             mover(sources, targets)
 
     def draft(self, step: DeviceStep) -> None:
@@ -402,7 +427,8 @@ class CapturedStep:
     def _capture(self) -> None:
         began = perf_counter()
         session = self.session
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(session.device)
+        held = torch.cuda.memory_reserved(session.device)
         graph = torch.cuda.CUDAGraph()
         with self._attached(), torch.cuda.graph(graph, pool=session.pool):
             self.step, self.report = session.verify(self.trees)
@@ -413,6 +439,7 @@ class CapturedStep:
                 session.draft(self.step)
             self.graphs.append(graph)
         session.capture_seconds += perf_counter() - began
+        session.graph_bytes += torch.cuda.memory_reserved(session.device) - held
 
 
 @contextmanager
@@ -437,7 +464,7 @@ class GraphEngine(Engine):
         sampler = tuple((type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.select.processors)
         key = (self.batch, capacity, None if drafter is None else id(drafter), self.config.do_sample, sampler,
                compile, capture, self.model.dtype, model_device(self.model))  # fmt: skip
-        known = _sessions.setdefault(self.model, OrderedDict())
+        known = sessions_of(self.model)
         if key in known:
             known.move_to_end(key)
         else:
@@ -446,17 +473,24 @@ class GraphEngine(Engine):
                 self.model,
                 self.batch,
                 capacity,
-                drafter=Plain() if drafter is None else drafter.on_device(self.model, self.batch, capacity),
+                drafter=self._on_device(capacity),
                 requires=self.requires,
                 processors=copy.deepcopy(self.select.processors),
                 do_sample=bool(self.config.do_sample),
                 compile=compile,
                 capture=capture,
             )
-            known[key].owner = drafter  # type: ignore[attr-defined]  # its id is part of the key
+            known[key].owner = drafter
         self.session = known[key]
         self.session.cache.restart()
         self.cache = cast(Any, self.session.cache)
+
+    def _on_device(self, capacity: int) -> DeviceDrafter | None:
+        """The drafter for the captured step; None: it has no such form, or trees that must be cut to the room there is."""
+        if self.drafter is None:
+            return Plain()
+        drafter = self.drafter.on_device(self.model, self.batch, capacity)
+        return None if drafter is not None and drafter.num_nodes > BUCKETS[-1] else drafter
 
     def run(self) -> tuple[LongTensor, Any]:
         if self.session.drafter is not None:
@@ -475,6 +509,7 @@ class GraphEngine(Engine):
             while active := self.active_rows():
                 self._step_from_host(active)
         self.stats.capture_seconds = self.session.capture_seconds - capturing
+        self.stats.graph_bytes = self.session.graph_bytes + self.session.cache.nbytes
         if self.streamer is not None:
             self.streamer.end()
         self.session.cache.restart()
@@ -571,8 +606,7 @@ class GraphEngine(Engine):
         if trees is None:
             self.stats.draft_seconds += draft
             self.stats.commit_seconds += max(0.0, done - began - verify - draft)
-        else:
-            self.stats.commit_seconds += 0.0
+        else:  # the host drafts
             self.stats.draft_seconds += max(0.0, done - began - verify)
         return done
 

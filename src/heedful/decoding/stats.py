@@ -20,6 +20,7 @@ class DecodingStats:
         commit_seconds: the walk down the trees with processors and stopping criteria, and the compaction of the cache. In
             CUDA graphs both are part of ``verify_seconds``, and this is what the host takes.
         capture_seconds: making CUDA graphs, part of the decoding time of the first generate that needs them.
+        graph_bytes: device memory that the graphs and their cache hold; 0 in the eager engine.
     """
 
     steps: int = 0
@@ -31,6 +32,7 @@ class DecodingStats:
     verify_seconds: float = 0.0
     commit_seconds: float = 0.0
     capture_seconds: float = 0.0
+    graph_bytes: int = 0
 
     @property
     def tokens_per_step(self) -> float:

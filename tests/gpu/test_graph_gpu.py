@@ -1,0 +1,172 @@
+"""Steps captured as CUDA graphs, against the eager engine on the same device, in float32."""
+
+import pytest
+import torch
+from decoding_tools import RandomTree, padding
+from tiny_models import build, inputs
+
+import heedful
+from heedful.decoding import LongSpec, Medusa, PromptLookup, Sequence, TokenRecycling, graph, release_graphs
+
+pytestmark = pytest.mark.gpu
+GREEDY = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+DRAFTERS = {
+    "none": lambda model: None,
+    "prompt lookup": lambda model: PromptLookup(),
+    "token recycling": lambda model: TokenRecycling(max_nodes=30),
+    "sequence": lambda model: Sequence(PromptLookup(), TokenRecycling(max_nodes=30)),
+    "medusa": lambda model: Medusa.for_model(model).cuda(),
+    "longspec": lambda model: LongSpec.for_model(model).cuda(),
+}
+
+
+def setting(name="llama", batch=1, **changes):
+    model = build(name, head_dim=64, **changes).cuda()
+    given = inputs(model, batch=batch, length=11, padding="left" if batch > 1 else None)
+    return model, {key: value.cuda() for key, value in given.items()}
+
+
+@pytest.fixture(autouse=True)
+def _clean():
+    yield
+    release_graphs()
+
+
+def both(model, make, given, **options):
+    """The same generate in both engines; drafters are made anew, so that neither knows what the other has seen."""
+    return [
+        heedful.generate(model, drafter=make(model), engine=engine, **given, **options) for engine in ("graph", "eager")
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_every_drafter_gives_the_tokens_of_the_eager_engine(drafter, batch):
+    model, given = setting(batch=batch)
+    captured, eager = both(model, DRAFTERS[drafter], given, **GREEDY)
+    assert torch.equal(captured.sequences, eager.sequences)
+    assert captured.stats.capture_seconds > 0
+    assert eager.stats.capture_seconds == 0
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "qwen3"])
+def test_windows_soft_caps_and_trees_from_the_host(name):
+    model, given = setting(name, batch=3)
+    reference = model.generate(**given, **GREEDY)
+    for make in (DRAFTERS["token recycling"], lambda model: RandomTree(reference.cpu(), padding(given))):
+        captured, eager = both(model, make, given, **GREEDY)
+        assert torch.equal(captured.sequences, reference)
+        assert torch.equal(eager.sequences, reference)
+
+
+def test_compiled_steps_give_the_same_tokens():
+    model, given = setting(hidden_size=512, intermediate_size=1024)
+    reference = model.generate(**given, **GREEDY)
+    for make in (DRAFTERS["none"], DRAFTERS["token recycling"]):
+        result = heedful.generate(model, drafter=make(model), compile=True, **given, **GREEDY)
+        assert torch.equal(result.sequences, reference)
+
+
+def test_end_tokens_inside_a_path():
+    model, given = setting(batch=3)
+    plain = model.generate(**given, **GREEDY)
+    options = GREEDY | {"eos_token_id": [int(plain[0, -20]), int(plain[1, -35])]}
+    reference = model.generate(**given, **options)
+    for make in DRAFTERS.values():
+        result = heedful.generate(model, drafter=make(model), engine="graph", **given, **options)
+        assert torch.equal(result.sequences, reference)
+
+
+def test_sampling_with_one_candidate_is_greedy_and_other_processors_are_refused():
+    model, given = setting()
+    reference = model.generate(**given, **GREEDY)
+    sample = GREEDY | {"do_sample": True, "temperature": 0.7, "top_k": 1, "top_p": 0.9}
+    drafter = TokenRecycling(max_nodes=30)
+    assert torch.equal(heedful.generate(model, drafter=drafter, engine="graph", **given, **sample).sequences, reference)
+    with pytest.raises(ValueError, match="logits processors beyond"):
+        heedful.generate(model, drafter=drafter, engine="graph", repetition_penalty=1.2, **given, **GREEDY)
+    options = GREEDY | {"repetition_penalty": 1.2}
+    fallen_back = heedful.generate(model, drafter=drafter, **given, **options)
+    assert fallen_back.stats.capture_seconds == 0
+    assert torch.equal(fallen_back.sequences, model.generate(**given, **options))
+
+
+def test_sampled_tokens_have_the_models_distribution():
+    model, given = setting()
+    ids = given["input_ids"].repeat(2000, 1)
+    options = {"do_sample": True, "top_k": 4, "temperature": 1.3, "max_new_tokens": 3, "eos_token_id": None}
+    torch.manual_seed(0)
+    drafter = TokenRecycling(max_nodes=15, update_from_prompt=True)
+    got = heedful.generate(model, ids, drafter, engine="graph", pad_token_id=0, **options).sequences[:, -3:]
+    torch.manual_seed(1)
+    expected = model.generate(ids, pad_token_id=0, **options)[:, -3:]
+    for position in range(3):
+        ours, theirs = (torch.bincount(x[:, position], minlength=96) / len(x) for x in (got, expected))
+        assert (ours - theirs).abs().sum() / 2 < 0.06
+
+
+@pytest.mark.parametrize("drafter", ["none", "sequence", "longspec", "host"])
+def test_one_synchronisation_a_step(drafter, monkeypatch):
+    model, given = setting()
+    reference = model.generate(**given, **GREEDY)
+    make = DRAFTERS.get(drafter, lambda model: RandomTree(reference.cpu()))
+    own = make(model)
+    for _ in range(3):  # captures; trees from the host have several buckets
+        heedful.generate(model, drafter=own, engine="graph", **given, **GREEDY)
+    reads = 0
+    read = graph.CapturedStep.read
+
+    def counted(self, slot):
+        nonlocal reads
+        reads += 1
+        return read(self, slot)
+
+    def strict(loop):
+        def run(self, *arguments):
+            torch.cuda.set_sync_debug_mode("error")  # an operation that waits for the device raises
+            try:
+                return loop(self, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    monkeypatch.setattr(graph.CapturedStep, "read", counted)
+    for name in ("_run_ahead", "_step_from_host"):
+        monkeypatch.setattr(graph.GraphEngine, name, strict(getattr(graph.GraphEngine, name)))
+    result = heedful.generate(model, drafter=own, engine="graph", **given, **GREEDY)
+    assert result.stats.steps <= reads <= result.stats.steps + 1  # the step that was already under way
+    assert torch.equal(result.sequences, reference)
+
+
+def test_a_long_run_does_not_grow():
+    model, given = setting()
+    drafter = Sequence(PromptLookup(), TokenRecycling(max_nodes=30))
+    options = GREEDY | {"max_new_tokens": 1000}
+    memory = []
+    for _ in range(4):
+        stats = heedful.generate(model, drafter=drafter, engine="graph", **given, **options).stats
+        memory.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert stats.capture_seconds == 0
+    assert memory[1] == memory[2] == memory[3]
+    plain = []
+    for tokens in (100, 1000, 1000):
+        torch.cuda.reset_peak_memory_stats()
+        heedful.generate(model, engine="graph", **given, **(options | {"max_new_tokens": tokens}))
+        plain.append(torch.cuda.max_memory_allocated())
+    assert plain[2] - plain[1] < 2**20
+
+
+def test_memory_is_reported_and_released():
+    model, given = setting()
+    before = torch.cuda.memory_allocated()
+    result = heedful.generate(model, engine="graph", **given, **GREEDY)
+    (session,) = graph.sessions_of(model).values()
+    assert result.stats.capture_seconds > 0
+    assert result.stats.graph_bytes >= session.cache.nbytes > 0
+    again = heedful.generate(model, engine="graph", **given, **GREEDY)
+    assert again.stats.capture_seconds == 0
+    assert again.stats.graph_bytes == result.stats.graph_bytes
+    del session
+    release_graphs(model)
+    assert torch.cuda.memory_allocated() <= before + 2**20
