@@ -90,7 +90,7 @@ def shifted_sparse_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     _check_tensors(query, key, value, attention_mask)
     check_arguments(group_size, shift_ratio, num_sink_tokens, boundary, impl)
-    batch, heads, length, dim = query.shape
+    _, heads, length, dim = query.shape
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     geometry = reference.Geometry(

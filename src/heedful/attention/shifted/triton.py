@@ -18,10 +18,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from heedful.attention.shifted.reference import Geometry, spans
 
 _UNSPECIALISED = ["length", "group", "first_shifted", "sinks"]
+SINK_BLOCK = 16  # sinks read at a time: what a matrix product has at least
 _SINK_CHUNK = 512  # queries of a program of `_backward_sinks`, at least
 
 
@@ -71,6 +73,17 @@ def _real(mask, start, position, inside, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
+def _load(blocks, batch, head, place, inside, SOME: tl.constexpr):
+    """Rows of `(B, H, T, D)` from `place` on. Past the end there are zeros, and with `SOME` in all rows that are
+    not `inside`: they may hold anything, NaN too."""
+    x = blocks.load([batch, head, place, 0])
+    x = tl.reshape(x, (x.shape[2], x.shape[3]))
+    if SOME:
+        x = tl.where(inside[:, None], x, 0.0)
+    return x
+
+
+@triton.jit
 def _absorb(logits, v, top, total, acc, PRECISION: tl.constexpr):
     """One step of the online softmax; hidden logits are -inf, and so is `top` before a row has seen anything."""
     new_top = tl.maximum(top, tl.max(logits, 1))
@@ -87,6 +100,8 @@ def _forward(
     query,
     key,
     value,
+    sink_key,
+    sink_value,
     mask,
     rows,
     output,
@@ -96,15 +111,6 @@ def _forward(
     group,
     first_shifted,
     sinks,
-    stride_query_b,
-    stride_query_h,
-    stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_value_b,
-    stride_value_h,
-    stride_value_t,
     HEADS: tl.constexpr,
     HEADS_A_KEY: tl.constexpr,
     D: tl.constexpr,
@@ -117,12 +123,12 @@ def _forward(
     PRECISION: tl.constexpr,
 ):
     head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = tl.program_id(2)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     start, count, holes = _row(rows, batch, length, HAS_MASK)
     if first >= count:
         return
-    mask += batch * length
+    mask += batch.to(tl.int64) * length
     shift = tl.where((head >= first_shifted) & (count > group), group // 2, 0)
     end = tl.minimum(first + BLOCK_M, count)
     low = _low(first, shift, group)
@@ -131,11 +137,8 @@ def _forward(
     dims = tl.arange(0, D)
     columns = tl.arange(0, BLOCK_N)
     at = (start + i).to(tl.int64)
-    query += batch * stride_query_b + head.to(tl.int64) * stride_query_h
-    q = tl.load(query + at[:, None] * stride_query_t + dims[None, :], mask=real[:, None], other=0.0)
-    start64 = start.to(tl.int64)
-    key += batch * stride_key_b + (head // HEADS_A_KEY).to(tl.int64) * stride_key_h + start64 * stride_key_t
-    value += batch * stride_value_b + (head // HEADS_A_KEY).to(tl.int64) * stride_value_h + start64 * stride_value_t
+    kv_head = head // HEADS_A_KEY
+    q = _load(query, batch, head, start + first, real, HAS_MASK)
     scale2 = scale * 1.4426950408889634
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # of the logits in base 2
@@ -146,32 +149,27 @@ def _forward(
         for begin in tl.range(0, tl.minimum(sinks, low), BLOCK_S, num_stages=1):
             j = begin + tl.arange(0, BLOCK_S)
             inside = _real(mask, start, j, (j < sinks) & (j < low), HAS_MASK)
-            offset = j.to(tl.int64)
-            k = tl.load(key + offset[None, :] * stride_key_t + dims[:, None], mask=inside[None, :], other=0.0)
-            v = tl.load(value + offset[:, None] * stride_value_t + dims[None, :], mask=inside[:, None], other=0.0)
-            logits = tl.dot(q, k, input_precision=PRECISION) * scale2
+            k = _load(sink_key, batch, kv_head, start + begin, inside, True)
+            v = _load(sink_value, batch, kv_head, start + begin, inside, True)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
             logits = tl.where(inside[None, :] & real[:, None], logits, float("-inf"))
             top, total, acc = _absorb(logits, v, top, total, acc, PRECISION)
 
     # The whole blocks of keys that all rows of the tile see; none if it lies in two groups.
     whole = (first + 1 - low) // BLOCK_N
     whole = tl.where((_low(end - 1, shift, group) == low) & (holes == 0), whole, 0)
-    begin64 = low.to(tl.int64)
-    keys = key + begin64 * stride_key_t + (columns[None, :].to(tl.int64) * stride_key_t + dims[:, None])
-    values = value + begin64 * stride_value_t + (columns[:, None].to(tl.int64) * stride_value_t + dims[None, :])
-    for _ in range(0, whole):
-        k = tl.load(keys)
-        logits = tl.dot(q, k, input_precision=PRECISION)
+    for step in range(0, whole):
+        begin = start + low + step * BLOCK_N
+        k = _load(key, batch, kv_head, begin, columns, False)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         new_top = tl.maximum(top, tl.max(logits, 1) * scale2)
         weights = tl.exp2(logits * scale2 - new_top[:, None])
         kept = tl.exp2(top - new_top)
         total = total * kept + tl.sum(weights, 1)
         acc = acc * kept[:, None]
-        v = tl.load(values)
+        v = _load(value, batch, kv_head, begin, columns, False)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
-        keys += BLOCK_N * stride_key_t
-        values += BLOCK_N * stride_value_t
 
     if WRAP:
         joined = _joined(count, shift, group)
@@ -185,10 +183,9 @@ def _forward(
         for begin in tl.range(from_key, to_key, BLOCK_N, num_stages=1):
             j = begin + columns
             inside = _real(mask, start, j, j < to_key, HAS_MASK)
-            offset = j.to(tl.int64)
-            k = tl.load(key + offset[None, :] * stride_key_t + dims[:, None], mask=inside[None, :], other=0.0)
-            v = tl.load(value + offset[:, None] * stride_value_t + dims[None, :], mask=inside[:, None], other=0.0)
-            logits = tl.dot(q, k, input_precision=PRECISION) * scale2
+            k = _load(key, batch, kv_head, start + begin, inside, True)
+            v = _load(value, batch, kv_head, start + begin, inside, True)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
             seen = _sees(i[:, None], j[None, :], shift, group, count, sinks, WRAP)
             logits = tl.where(seen & inside[None, :] & real[:, None], logits, float("-inf"))
             top, total, acc = _absorb(logits, v, top, total, acc, PRECISION)
@@ -197,9 +194,9 @@ def _forward(
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     # A row that sees nothing has no weights in the backward pass either: exp(x - inf) = 0.
     result_lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))
-    place = ((batch * length + at) * HEADS + head) * D
+    place = ((batch.to(tl.int64) * length + at) * HEADS + head) * D
     tl.store(output + place[:, None] + dims[None, :], acc.to(output.dtype.element_ty), mask=(i < count)[:, None])
-    tl.store(lse + (batch * HEADS + head) * length + at, result_lse, mask=i < count)
+    tl.store(lse + (batch.to(tl.int64) * HEADS + head) * length + at, result_lse, mask=i < count)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -207,6 +204,8 @@ def _backward_query(
     query,
     key,
     value,
+    sink_key,
+    sink_value,
     mask,
     rows,
     output,
@@ -219,18 +218,6 @@ def _backward_query(
     group,
     first_shifted,
     sinks,
-    stride_query_b,
-    stride_query_h,
-    stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_value_b,
-    stride_value_h,
-    stride_value_t,
-    stride_d_output_b,
-    stride_d_output_h,
-    stride_d_output_t,
     HEADS: tl.constexpr,
     HEADS_A_KEY: tl.constexpr,
     D: tl.constexpr,
@@ -244,12 +231,12 @@ def _backward_query(
 ):
     """dQ, and delta = rowsum(dO * O) for the others: the loops of `_forward`."""
     head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = tl.program_id(2)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     start, count, holes = _row(rows, batch, length, HAS_MASK)
     if first >= count:
         return
-    mask += batch * length
+    mask += batch.to(tl.int64) * length
     shift = tl.where((head >= first_shifted) & (count > group), group // 2, 0)
     end = tl.minimum(first + BLOCK_M, count)
     low = _low(first, shift, group)
@@ -258,19 +245,15 @@ def _backward_query(
     dims = tl.arange(0, D)
     columns = tl.arange(0, BLOCK_N)
     at = (start + i).to(tl.int64)
-    query += batch * stride_query_b + head.to(tl.int64) * stride_query_h
-    q = tl.load(query + at[:, None] * stride_query_t + dims[None, :], mask=real[:, None], other=0.0)
-    d_output += batch * stride_d_output_b + head.to(tl.int64) * stride_d_output_h
-    d_out = tl.load(d_output + at[:, None] * stride_d_output_t + dims[None, :], mask=real[:, None], other=0.0)
-    place = ((batch * length + at) * HEADS + head) * D
+    kv_head = head // HEADS_A_KEY
+    q = _load(query, batch, head, start + first, real, HAS_MASK)
+    d_out = _load(d_output, batch, head, start + first, real, HAS_MASK)
+    place = ((batch.to(tl.int64) * length + at) * HEADS + head) * D
     out = tl.load(output + place[:, None] + dims[None, :], mask=real[:, None], other=0.0)
     row_delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
-    flat = (batch * HEADS + head) * length + at
+    flat = (batch.to(tl.int64) * HEADS + head) * length + at
     tl.store(delta + flat, row_delta, mask=i < count)
     row_lse = tl.load(lse + flat, mask=real, other=float("inf"))
-    start64 = start.to(tl.int64)
-    key += batch * stride_key_b + (head // HEADS_A_KEY).to(tl.int64) * stride_key_h + start64 * stride_key_t
-    value += batch * stride_value_b + (head // HEADS_A_KEY).to(tl.int64) * stride_value_h + start64 * stride_value_t
     scale2 = scale * 1.4426950408889634
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
@@ -278,30 +261,25 @@ def _backward_query(
         for begin in tl.range(0, tl.minimum(sinks, low), BLOCK_S, num_stages=1):
             j = begin + tl.arange(0, BLOCK_S)
             inside = _real(mask, start, j, (j < sinks) & (j < low), HAS_MASK)
-            offset = j.to(tl.int64)
-            k = tl.load(key + offset[None, :] * stride_key_t + dims[:, None], mask=inside[None, :], other=0.0)
-            v = tl.load(value + offset[None, :] * stride_value_t + dims[:, None], mask=inside[None, :], other=0.0)
-            logits = tl.dot(q, k, input_precision=PRECISION) * scale2
+            k = _load(sink_key, batch, kv_head, start + begin, inside, True)
+            v = _load(sink_value, batch, kv_head, start + begin, inside, True)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
             weights = tl.where(inside[None, :], tl.exp2(logits - row_lse[:, None]), 0.0)
-            d_weights = tl.dot(d_out, v, input_precision=PRECISION)
+            d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
             d_logits = weights * (d_weights - row_delta[:, None])
-            acc = tl.dot(d_logits.to(k.dtype), tl.trans(k), acc, input_precision=PRECISION)
+            acc = tl.dot(d_logits.to(k.dtype), k, acc, input_precision=PRECISION)
 
     whole = (first + 1 - low) // BLOCK_N
     whole = tl.where((_low(end - 1, shift, group) == low) & (holes == 0), whole, 0)
-    begin64 = low.to(tl.int64)
-    keys = key + begin64 * stride_key_t + (columns[None, :].to(tl.int64) * stride_key_t + dims[:, None])
-    values = value + begin64 * stride_value_t + (columns[None, :].to(tl.int64) * stride_value_t + dims[:, None])
-    for _ in range(0, whole):
-        k = tl.load(keys)
-        logits = tl.dot(q, k, input_precision=PRECISION)
+    for step in range(0, whole):
+        begin = start + low + step * BLOCK_N
+        k = _load(key, batch, kv_head, begin, columns, False)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         weights = tl.exp2(logits * scale2 - row_lse[:, None])
-        v = tl.load(values)
-        d_weights = tl.dot(d_out, v, input_precision=PRECISION)
+        v = _load(value, batch, kv_head, begin, columns, False)
+        d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
         d_logits = weights * (d_weights - row_delta[:, None])
-        acc = tl.dot(d_logits.to(k.dtype), tl.trans(k), acc, input_precision=PRECISION)
-        keys += BLOCK_N * stride_key_t
-        values += BLOCK_N * stride_value_t
+        acc = tl.dot(d_logits.to(k.dtype), k, acc, input_precision=PRECISION)
 
     if WRAP:
         joined = _joined(count, shift, group)
@@ -315,15 +293,14 @@ def _backward_query(
         for begin in tl.range(from_key, to_key, BLOCK_N, num_stages=1):
             j = begin + columns
             inside = _real(mask, start, j, j < to_key, HAS_MASK)
-            offset = j.to(tl.int64)
-            k = tl.load(key + offset[None, :] * stride_key_t + dims[:, None], mask=inside[None, :], other=0.0)
-            v = tl.load(value + offset[None, :] * stride_value_t + dims[:, None], mask=inside[None, :], other=0.0)
-            logits = tl.dot(q, k, input_precision=PRECISION) * scale2
+            k = _load(key, batch, kv_head, start + begin, inside, True)
+            v = _load(value, batch, kv_head, start + begin, inside, True)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
             seen = _sees(i[:, None], j[None, :], shift, group, count, sinks, WRAP)
             weights = tl.where(seen & inside[None, :], tl.exp2(logits - row_lse[:, None]), 0.0)
-            d_weights = tl.dot(d_out, v, input_precision=PRECISION)
+            d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
             d_logits = weights * (d_weights - row_delta[:, None])
-            acc = tl.dot(d_logits.to(k.dtype), tl.trans(k), acc, input_precision=PRECISION)
+            acc = tl.dot(d_logits.to(k.dtype), k, acc, input_precision=PRECISION)
 
     tl.store(
         d_query + place[:, None] + dims[None, :], (acc * scale).to(d_query.dtype.element_ty), mask=(i < count)[:, None]
@@ -349,18 +326,6 @@ def _backward_sinks(
     group,
     first_shifted,
     sinks,
-    stride_query_b,
-    stride_query_h,
-    stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_value_b,
-    stride_value_h,
-    stride_value_t,
-    stride_d_output_b,
-    stride_d_output_h,
-    stride_d_output_t,
     HEADS: tl.constexpr,
     HEADS_A_KEY: tl.constexpr,
     D: tl.constexpr,
@@ -374,33 +339,26 @@ def _backward_sinks(
     share = tl.program_id(0) % chunks
     block = tl.program_id(0) // chunks
     head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = tl.program_id(2)
     start, count, _ = _row(rows, batch, length, HAS_MASK)
-    mask += batch * length
+    mask += batch.to(tl.int64) * length
     shift = tl.where((head >= first_shifted) & (count > group), group // 2, 0)
     dims = tl.arange(0, D)
-    start64 = start.to(tl.int64)
-    query += batch * stride_query_b + head.to(tl.int64) * stride_query_h + start64 * stride_query_t
-    d_output += batch * stride_d_output_b + head.to(tl.int64) * stride_d_output_h + start64 * stride_d_output_t
-    key += batch * stride_key_b + (head // HEADS_A_KEY).to(tl.int64) * stride_key_h + start64 * stride_key_t
-    value += batch * stride_value_b + (head // HEADS_A_KEY).to(tl.int64) * stride_value_h + start64 * stride_value_t
-    flat = (batch * HEADS + head) * length + start
+    flat = (batch.to(tl.int64) * HEADS + head) * length + start
     lse += flat
     delta += flat
     j = block * BLOCK_S + tl.arange(0, BLOCK_S)
     inside = _real(mask, start, j, (j < sinks) & (j < count), HAS_MASK)
-    offset = j.to(tl.int64)
-    k = tl.load(key + offset[:, None] * stride_key_t + dims[None, :], mask=inside[:, None], other=0.0)
-    v = tl.load(value + offset[:, None] * stride_value_t + dims[None, :], mask=inside[:, None], other=0.0)
+    k = _load(key, batch, head // HEADS_A_KEY, start + block * BLOCK_S, inside, HAS_MASK)
+    v = _load(value, batch, head // HEADS_A_KEY, start + block * BLOCK_S, inside, HAS_MASK)
     scale2 = scale * 1.4426950408889634
     acc_k = tl.zeros((BLOCK_S, D), tl.float32)
     acc_v = tl.zeros((BLOCK_S, D), tl.float32)
     for begin in range(share * chunk, tl.minimum((share + 1) * chunk, count), BLOCK_M):
         i = begin + tl.arange(0, BLOCK_M)
         real = _real(mask, start, i, i < count, HAS_MASK)
-        at = i.to(tl.int64)
-        q = tl.load(query + at[:, None] * stride_query_t + dims[None, :], mask=real[:, None], other=0.0)
-        d_out = tl.load(d_output + at[:, None] * stride_d_output_t + dims[None, :], mask=real[:, None], other=0.0)
+        q = _load(query, batch, head, start + begin, real, HAS_MASK)
+        d_out = _load(d_output, batch, head, start + begin, real, HAS_MASK)
         row_lse = tl.load(lse + i, mask=real, other=float("inf"))
         row_delta = tl.load(delta + i, mask=real, other=0.0)
         logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
@@ -410,7 +368,7 @@ def _backward_sinks(
         d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
         d_logits = weights * (d_weights - row_delta[None, :])
         acc_k = tl.dot(d_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
-    place = (((batch * chunks + share) * HEADS + head) * sinks + j) * D
+    place = (((batch.to(tl.int64) * chunks + share) * HEADS + head) * sinks + j) * D
     tl.store(d_key_sinks + place[:, None] + dims[None, :], acc_k, mask=(j < sinks)[:, None])
     tl.store(d_value_sinks + place[:, None] + dims[None, :], acc_v, mask=(j < sinks)[:, None])
 
@@ -434,21 +392,11 @@ def _backward_key(
     group,
     first_shifted,
     sinks,
-    stride_query_b,
-    stride_query_h,
-    stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_value_b,
-    stride_value_h,
-    stride_value_t,
-    stride_d_output_b,
-    stride_d_output_h,
-    stride_d_output_t,
     HEADS: tl.constexpr,
     HEADS_A_KEY: tl.constexpr,
     D: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -458,33 +406,28 @@ def _backward_key(
 ):
     """dK and dV of a tile of keys: the queries of their groups, of all query heads of the KV head."""
     kv_head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = tl.program_id(2)
     first = tl.program_id(0) * BLOCK_N
     start, count, holes = _row(rows, batch, length, HAS_MASK)
     if first >= count:
         return
-    mask += batch * length
+    mask += batch.to(tl.int64) * length
     KV_HEADS: tl.constexpr = HEADS // HEADS_A_KEY
     end = tl.minimum(first + BLOCK_N, count)
     j = first + tl.arange(0, BLOCK_N)
     inside = _real(mask, start, j, j < count, HAS_MASK)
     dims = tl.arange(0, D)
     lanes = tl.arange(0, BLOCK_M)
-    start64 = start.to(tl.int64)
-    at = j.to(tl.int64) + start64
-    key += batch * stride_key_b + kv_head.to(tl.int64) * stride_key_h
-    value += batch * stride_value_b + kv_head.to(tl.int64) * stride_value_h
-    k = tl.load(key + at[:, None] * stride_key_t + dims[None, :], mask=inside[:, None], other=0.0)
-    v = tl.load(value + at[:, None] * stride_value_t + dims[None, :], mask=inside[:, None], other=0.0)
+    k = _load(key, batch, kv_head, start + first, inside, HAS_MASK)
+    v = _load(value, batch, kv_head, start + first, inside, HAS_MASK)
     scale2 = scale * 1.4426950408889634
     acc_k = tl.zeros((BLOCK_N, D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, D), tl.float32)
-    if HAS_SINKS:
-        if first < sinks:
-            place = ((batch * KV_HEADS + kv_head) * sinks + j) * D
-            sink = (j < sinks)[:, None]
-            acc_k = tl.load(d_key_sinks + place[:, None] + dims[None, :], mask=sink, other=0.0)
-            acc_v = tl.load(d_value_sinks + place[:, None] + dims[None, :], mask=sink, other=0.0)
+    if HAS_SINKS and first < sinks:
+        place = ((batch.to(tl.int64) * KV_HEADS + kv_head) * sinks + j) * D
+        sink = (j < sinks)[:, None]
+        acc_k = tl.load(d_key_sinks + place[:, None] + dims[None, :], mask=sink, other=0.0)
+        acc_v = tl.load(d_value_sinks + place[:, None] + dims[None, :], mask=sink, other=0.0)
 
     for member in range(0, HEADS_A_KEY):
         head = kv_head * HEADS_A_KEY + member
@@ -494,34 +437,25 @@ def _backward_key(
         high = tl.where((shift > 0) & (first < shift), shift, high)
         last_high = tl.minimum(_low(end - 1, shift, group) + group, count)
         last_high = tl.where((shift > 0) & (end - 1 < shift), shift, last_high)
-        flat = (batch * HEADS + head) * length + start
-        queries = query + batch * stride_query_b + head.to(tl.int64) * stride_query_h + start64 * stride_query_t
-        d_outputs = (
-            d_output + batch * stride_d_output_b + head.to(tl.int64) * stride_d_output_h + start64 * stride_d_output_t
-        )
+        flat = (batch.to(tl.int64) * HEADS + head) * length + start
         # The tile's own queries have a mask; then whole blocks that see every key of it; then the rest.
         after = tl.minimum(first + BLOCK_N, last_high)
         whole = tl.maximum(high - first - BLOCK_N, 0) // BLOCK_M
         whole = tl.where(holes == 0, whole, 0)
-        begin64 = (first + BLOCK_N).to(tl.int64)
-        q_at = queries + begin64 * stride_query_t + (lanes[:, None].to(tl.int64) * stride_query_t + dims[None, :])
-        d_out_at = d_outputs + begin64 * stride_d_output_t
-        d_out_at += lanes[:, None].to(tl.int64) * stride_d_output_t + dims[None, :]
-        i_at = flat + begin64 + lanes
-        for _ in range(0, whole):
-            q = tl.load(q_at)
-            row_lse = tl.load(lse + i_at)
+        for step in range(0, whole):
+            begin = first + BLOCK_N + step * BLOCK_M
+            q = _load(query, batch, head, start + begin, lanes, False)
+            row_lse = tl.load(lse + flat + begin + lanes)
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             weights = tl.exp2(logits * scale2 - row_lse[None, :])
-            d_out = tl.load(d_out_at)
-            acc_v = tl.dot(weights.to(d_out.dtype), d_out, acc_v, input_precision=PRECISION)
-            row_delta = tl.load(delta + i_at)
-            d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-            d_logits = weights * (d_weights - row_delta[None, :])
-            acc_k = tl.dot(d_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
-            q_at += BLOCK_M * stride_query_t
-            d_out_at += BLOCK_M * stride_d_output_t
-            i_at += BLOCK_M
+            d_out = _load(d_output, batch, head, start + begin, lanes, False)
+            if VALUE:
+                acc_v = tl.dot(weights.to(d_out.dtype), d_out, acc_v, input_precision=PRECISION)
+            if KEY:
+                row_delta = tl.load(delta + flat + begin + lanes)
+                d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+                d_logits = weights * (d_weights - row_delta[None, :])
+                acc_k = tl.dot(d_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
         if WRAP:
             wraps = (shift > 0) & (end > _joined(count, shift, group))
@@ -537,25 +471,26 @@ def _backward_key(
             for begin in tl.range(from_query, to_query, BLOCK_M, num_stages=1):
                 i = begin + lanes
                 real = _real(mask, start, i, i < to_query, HAS_MASK)
-                offset = i.to(tl.int64)
-                q = tl.load(queries + offset[:, None] * stride_query_t + dims[None, :], mask=real[:, None], other=0.0)
-                d_out = tl.load(
-                    d_outputs + offset[:, None] * stride_d_output_t + dims[None, :], mask=real[:, None], other=0.0
-                )
+                q = _load(query, batch, head, start + begin, real, True)
+                d_out = _load(d_output, batch, head, start + begin, real, True)
                 row_lse = tl.load(lse + flat + i, mask=real, other=float("inf"))
                 row_delta = tl.load(delta + flat + i, mask=real, other=0.0)
                 logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
                 seen = _sees(i[None, :], j[:, None], shift, group, count, 0, WRAP)
                 weights = tl.where(seen & inside[:, None], tl.exp2(logits - row_lse[None, :]), 0.0)
-                acc_v = tl.dot(weights.to(d_out.dtype), d_out, acc_v, input_precision=PRECISION)
-                d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-                d_logits = weights * (d_weights - row_delta[None, :])
-                acc_k = tl.dot(d_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
+                if VALUE:
+                    acc_v = tl.dot(weights.to(d_out.dtype), d_out, acc_v, input_precision=PRECISION)
+                if KEY:
+                    d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+                    d_logits = weights * (d_weights - row_delta[None, :])
+                    acc_k = tl.dot(d_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
-    place = ((batch * length + at) * KV_HEADS + kv_head) * D
+    place = ((batch.to(tl.int64) * length + start + j) * KV_HEADS + kv_head) * D
     kept = (j < count)[:, None]
-    tl.store(d_key + place[:, None] + dims[None, :], (acc_k * scale).to(d_key.dtype.element_ty), mask=kept)
-    tl.store(d_value + place[:, None] + dims[None, :], acc_v.to(d_value.dtype.element_ty), mask=kept)
+    if KEY:
+        tl.store(d_key + place[:, None] + dims[None, :], (acc_k * scale).to(d_key.dtype.element_ty), mask=kept)
+    if VALUE:
+        tl.store(d_value + place[:, None] + dims[None, :], acc_v.to(d_value.dtype.element_ty), mask=kept)
 
 
 INTERPRETED = not isinstance(_forward, triton.JITFunction)
@@ -571,18 +506,18 @@ class _Tile(NamedTuple):
 class _Config(NamedTuple):
     forward: _Tile
     backward_query: _Tile
-    backward_key: _Tile
+    backward_key: tuple[tuple[_Tile, str], ...]  # passes, and which gradients each computes
 
 
 def _config(dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
         tile = _Tile(32, 32, 4, 2) if dim <= 128 else _Tile(16, 16, 4, 2)
-        return _Config(tile, tile, tile)
+        return _Config(tile, tile, ((tile, "key value"),))
     if dim <= 64:
-        return _Config(_Tile(128, 64, 4, 3), _Tile(128, 64, 4, 3), _Tile(64, 128, 4, 3))
+        return _Config(_Tile(128, 64, 4, 3), _Tile(128, 64, 4, 3), ((_Tile(64, 128, 4, 3), "key value"),))
     if dim <= 128:
-        return _Config(_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 3), _Tile(64, 128, 8, 2))
-    return _Config(_Tile(128, 64, 8, 2), _Tile(64, 32, 4, 2), _Tile(32, 64, 8, 2))
+        return _Config(_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 3), ((_Tile(64, 128, 8, 2), "key value"),))
+    return _Config(_Tile(128, 64, 8, 2), _Tile(64, 32, 4, 2), ((_Tile(32, 64, 8, 2), "key value"),))
 
 
 def _prepare(attention_mask: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -595,9 +530,15 @@ def _prepare(attention_mask: Tensor | None, query: Tensor) -> tuple[Tensor, Tens
     return attention_mask.contiguous().view(torch.uint8), torch.stack([start, count, holes], 1).int()
 
 
-def _rows_of(x: Tensor) -> Tensor:
-    """A copy where a row's elements are apart."""
-    return x if x.stride(3) == 1 else x.contiguous()
+def _aligned(x: Tensor) -> Tensor:
+    """A copy where the copy engine cannot read: a row's elements apart, rows that do not begin at 16 bytes, or shared."""
+    sixteen = 16 // x.element_size()
+    fine = x.stride(3) == 1 and all(step and step % sixteen == 0 for step in x.stride()[:3]) and x.data_ptr() % 16 == 0
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
+def _blocks(x: Tensor, size: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, size, x.shape[3]])
 
 
 def _launch_forward(
@@ -618,13 +559,15 @@ def _launch_forward(
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
     if output.numel() == 0:
         return output, lse
-    query, key, value = (_rows_of(x) for x in (query, key, value))
+    query, key, value = (_aligned(x) for x in (query, key, value))
     mask, rows = _prepare(attention_mask, query)
     tile = _config(dim, query.dtype).forward
     _forward[(triton.cdiv(length, tile.block_m), heads, batch)](
-        query,
-        key,
-        value,
+        _blocks(query, tile.block_m),
+        _blocks(key, tile.block_n),
+        _blocks(value, tile.block_n),
+        _blocks(key, SINK_BLOCK),
+        _blocks(value, SINK_BLOCK),
         mask,
         rows,
         output,
@@ -634,15 +577,12 @@ def _launch_forward(
         group,
         heads - shifted,
         sinks,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
         HEADS=heads,
         HEADS_A_KEY=heads // key.shape[1],
         D=dim,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_S=16,
+        BLOCK_S=SINK_BLOCK,
         HAS_MASK=attention_mask is not None,
         HAS_SINKS=sinks > 0,
         WRAP=wrap,
@@ -674,12 +614,11 @@ def _launch_backward(
     d_key, d_value = (new((batch, length, kv_heads, dim), dtype=key.dtype, device=key.device) for _ in range(2))
     if output.numel() == 0:
         return d_query, d_key, d_value
-    query, key, value, d_output = (_rows_of(x) for x in (query, key, value, d_output))
+    query, key, value, d_output = (_aligned(x) for x in (query, key, value, d_output))
     mask, rows = _prepare(attention_mask, query)
     delta = torch.empty_like(lse)
     config = _config(dim, query.dtype)
     numbers = (length, group, heads - shifted, sinks)
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_output.stride()[:3])
     constants: dict[str, Any] = {
         "HEADS": heads,
         "HEADS_A_KEY": heads // kv_heads,
@@ -689,23 +628,24 @@ def _launch_backward(
     }
     tile = config.backward_query
     _backward_query[(triton.cdiv(length, tile.block_m), heads, batch)](
-        query,
-        key,
-        value,
+        _blocks(query, tile.block_m),
+        _blocks(key, tile.block_n),
+        _blocks(value, tile.block_n),
+        _blocks(key, SINK_BLOCK),
+        _blocks(value, SINK_BLOCK),
         mask,
         rows,
         output,
         lse,
-        d_output,
+        _blocks(d_output, tile.block_m),
         d_query,
         delta,
         scale,
         *numbers,
-        *strides,
         **constants,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
-        BLOCK_S=16,
+        BLOCK_S=SINK_BLOCK,
         HAS_SINKS=sinks > 0,
         WRAP=wrap,
         num_warps=tile.num_warps,
@@ -715,57 +655,58 @@ def _launch_backward(
         # Few sinks: many shares of the queries, to fill the device; many: few, for the room that they take.
         chunks = max(1, min(triton.cdiv(length, _SINK_CHUNK), 1024 // sinks))
         chunk = triton.cdiv(triton.cdiv(length, chunks), 64) * 64
+        queries = 64 if query.dtype != torch.float32 else 32
         parts = torch.empty((2, batch, chunks, heads, sinks, dim), dtype=torch.float32, device=query.device)
-        _backward_sinks[(chunks * triton.cdiv(sinks, 16), heads, batch)](
-            query,
-            key,
-            value,
+        _backward_sinks[(chunks * triton.cdiv(sinks, SINK_BLOCK), heads, batch)](
+            _blocks(query, queries),
+            _blocks(key, SINK_BLOCK),
+            _blocks(value, SINK_BLOCK),
             mask,
             rows,
             lse,
             delta,
-            d_output,
+            _blocks(d_output, queries),
             parts[0],
             parts[1],
             scale,
             chunk,
             chunks,
             *numbers,
-            *strides,
             **constants,
-            BLOCK_M=64 if query.dtype != torch.float32 else 32,
-            BLOCK_S=16,
+            BLOCK_M=queries,
+            BLOCK_S=SINK_BLOCK,
             num_warps=4,
             num_stages=2,
         )
         d_sinks = parts.sum(2).unflatten(2, (kv_heads, -1)).sum(3)
     else:
         d_sinks = torch.empty((2, 0), dtype=torch.float32, device=query.device)
-    tile = config.backward_key
-    _backward_key[(triton.cdiv(length, tile.block_n), kv_heads, batch)](
-        query,
-        key,
-        value,
-        mask,
-        rows,
-        lse,
-        delta,
-        d_output,
-        d_sinks[0],
-        d_sinks[1],
-        d_key,
-        d_value,
-        scale,
-        *numbers,
-        *strides,
-        **constants,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        HAS_SINKS=sinks > 0,
-        WRAP=wrap,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    for tile, which in config.backward_key:
+        _backward_key[(triton.cdiv(length, tile.block_n), kv_heads, batch)](
+            _blocks(query, tile.block_m),
+            _blocks(key, tile.block_n),
+            _blocks(value, tile.block_n),
+            mask,
+            rows,
+            lse,
+            delta,
+            _blocks(d_output, tile.block_m),
+            d_sinks[0],
+            d_sinks[1],
+            d_key,
+            d_value,
+            scale,
+            *numbers,
+            **constants,
+            KEY="key" in which,
+            VALUE="value" in which,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            HAS_SINKS=sinks > 0,
+            WRAP=wrap,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
     return d_query, d_key, d_value
 
 
