@@ -63,7 +63,7 @@ class H2OLayer(DynamicLayer):
             sums: `(B, Hkv, S)`, float32 or wider, over the keys that `update` returned.
             real: bool `(B, Tq)`, which of the newest keys are no padding.
         """
-        batch, kv_heads, slots, _ = self.keys.shape
+        batch, kv_heads = self.keys.shape[:2]
         new = real.shape[1]
         at = torch.arange(self.seen - new, self.seen, device=sums.device)
         positions = torch.where(real, at, -1)[:, None].expand(-1, kv_heads, -1)

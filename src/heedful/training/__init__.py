@@ -1,7 +1,8 @@
 """Recipes as functions: what is trained, on which data, for how long.
 
 Read in this order: recall and wordings (synthetic tasks), corpus (rows of tokens), muon, pretrain, refine, evaluate; for
-drafters drafting (the loop), then medusa, hidden_transfer, longspec, zoo_drafters (those that ship).
+drafters drafting (the loop), then medusa, hidden_transfer, longspec, zoo_drafters (those that ship); for long contexts
+sinklora.
 """
 
 from heedful.training.drafting import train_drafter
@@ -11,9 +12,11 @@ from heedful.training.longspec import train_longspec
 from heedful.training.medusa import self_distill, train_medusa
 from heedful.training.pretrain import pretrain
 from heedful.training.refine import refine
+from heedful.training.sinklora import extend_context, train_sinklora
 
 __all__ = [
     "evaluate",
+    "extend_context",
     "pretrain",
     "refine",
     "self_distill",
@@ -21,4 +24,5 @@ __all__ = [
     "train_hidden_transfer",
     "train_longspec",
     "train_medusa",
+    "train_sinklora",
 ]
