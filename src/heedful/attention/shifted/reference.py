@@ -54,7 +54,7 @@ def shifted_sparse_attention(
     query: Tensor, key: Tensor, value: Tensor, geometry: Geometry, attention_mask: Tensor | None
 ) -> Tensor:
     batch, _, length, _ = query.shape
-    if attention_mask is None:
+    if attention_mask is None or length == 0:
         count = torch.full((batch,), length, device=query.device)
         output: Tensor = _Blocks.apply(query, key, value, None, count, geometry)
         return output
