@@ -97,6 +97,21 @@ def test_kernels_choose_and_attend_as_the_reference(dtype, dim, shape, options):
     assert torch.equal(mask.blocks, again_mask.blocks)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_staged_scan_chooses_as_the_reference(dtype):
+    inputs = [x.to("cuda", dtype) for x in tensors(4000, 128)]
+    real = torch.arange(4000, device="cuda") >= torch.tensor([[0], [70]], device="cuda")
+    stages = [(64, 4, 256, None), (64, 4, 32, 1024), (64, 1, 8, 512)]
+    options = {"stages": stages, "top_k": 256, "sliding_window": 128, "return_mask": True, "attention_mask": real}
+    output, mask = hip_attention(*inputs, impl="triton", **options)
+    _, expected = hip_attention(*(x.double() for x in inputs), impl="reference", **options)
+    # Means of queries are rounded to the keys' dtype: scores that are near alike may rank otherwise.
+    sets = (mask.blocks[..., None] == expected.blocks[..., None, :]) & (mask.blocks >= 0)[..., None]
+    assert sets.any(-1).sum() / (expected.blocks >= 0).sum() > (0.999 if dtype == torch.float32 else 0.97)
+    attended = hip_attention(*(x.double() for x in inputs), mask=mask)
+    assert relative_error(output, attended) < BOUNDS[dtype]
+
+
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 128)])
 def test_decode_kernels_follow_the_reference(dtype, dim):
     torch.manual_seed(0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from heedful.attention.hip import reference
-from heedful.attention.hip.mask import HiPMask
+from heedful.attention.hip.mask import HiPMask, Stage
 
 __all__ = ["HiPMask", "hip_attention"]
 
@@ -32,9 +33,11 @@ def hip_attention(
     sliding_window: int = 256,
     num_sink_tokens: int = 16,
     sample_method: str = "center",
+    stages: Sequence[Stage] | None = None,
     mask: HiPMask | None = None,
     return_mask: bool = False,
     attention_mask: Tensor | None = None,
+    head_group_size: int = 1,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -74,6 +77,8 @@ def hip_attention(
         sliding_window: Latest keys that are always read, the query's own included. Below `block_size_q - 1` it counts
             as that.
         num_sink_tokens: First real tokens, which are always read.
+        block_stride_k: Every so-many-th key of a representative block is scored. With 2 the search reads half as much;
+            where neighbours score alike, its error grows by 0 to 3 %.
         sample_method: The block that represents a node: "center", "first", "last" or "random"; "oracle" scores a node
             by the best of its blocks, which is quadratic and gives the exact top blocks, to compare with.
         mask: The choice of an earlier call, instead of a search: of a call of the same shape, or of one whose rows are
@@ -125,7 +130,12 @@ def hip_attention(
         num_sink_tokens=num_sink_tokens,
         sample_method=sample_method,
         impl=impl,
+        block_stride_k=block_stride_k,
+        head_group_size=head_group_size,
+        stages=stages,
     )
+    if query.shape[1] % head_group_size:
+        raise ValueError(f"query has {query.shape[1]} heads, not a multiple of head_group_size ({head_group_size})")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if softcap is not None and not softcap > 0:
@@ -134,11 +144,50 @@ def hip_attention(
     if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
         raise ValueError(f"sink_logits must be ({query.shape[1]},), got shape {tuple(sink_logits.shape)}")
 
+    if stages is not None:
+        stages = [tuple(stage) for stage in stages]
+        block_size_q, block_stride_q, block_size_k = stages[-1][0], 1, stages[-1][2]
+    if 0 in query.shape[:3]:
+        return _empty(
+            query,
+            key,
+            value,
+            attention_mask,
+            mask,
+            return_mask,
+            block_size_q,
+            block_size_k,
+            sliding_window,
+            num_sink_tokens,
+        )
     backend = _backend(
-        query, key, value, sink_logits, impl, top_k, block_size_q, block_stride_q, block_size_k, sample_method, mask
+        query,
+        key,
+        value,
+        sink_logits,
+        impl,
+        top_k,
+        block_size_q,
+        block_stride_q,
+        block_size_k,
+        sample_method,
+        mask,
+        stages,
+        head_group_size,
     )
     with torch.autocast(device, enabled=False):  # sums stay float32
-        if mask is None:
+        if mask is None and stages is not None:
+            mask = backend.choose_in_stages(
+                query,
+                key,
+                stages=stages,
+                top_k=top_k,
+                sliding_window=sliding_window,
+                num_sink_tokens=num_sink_tokens,
+                head_group_size=head_group_size,
+                attention_mask=attention_mask,
+            )
+        elif mask is None:
             random = {"generator": generator} if backend is reference else {}
             mask = backend.choose(
                 query,
@@ -150,6 +199,7 @@ def hip_attention(
                 block_stride_k=block_stride_k,
                 sliding_window=sliding_window,
                 num_sink_tokens=num_sink_tokens,
+                head_group_size=head_group_size,
                 attention_mask=attention_mask,
                 sample_method=sample_method,
                 **random,
@@ -179,6 +229,8 @@ def _backend(
     block_size_k: int,
     sample_method: str,
     mask: HiPMask | None,
+    stages: Sequence[Stage] | None,
+    head_group_size: int,
 ) -> Any:
     """The module that computes this call: `reference`, or `triton` where it is asked for or can."""
     if impl == "reference" or (impl == "auto" and not query.is_cuda):
@@ -194,9 +246,14 @@ def _backend(
     else:
         from heedful.attention.hip import triton
 
-        nodes = 1 if mask is not None else -(-min(top_k, key.shape[2]) // block_size_k)
         rows = min(block_size_q, query.shape[2])
-        reason = triton.refuses(query, value, nodes, rows, rows if mask is not None else block_stride_q, 1)
+        if mask is not None:  # nothing is searched
+            reason = triton.refuses(query, key, value, 1, rows, rows, 1)
+        else:
+            nodes = -(-min(top_k, key.shape[2]) // block_size_k)
+            reason = triton.refuses(query, key, value, nodes, rows, block_stride_q, head_group_size)
+            if stages is not None and reason is None:
+                reason = triton.refuses_stages(stages, head_group_size)
         if reason is None:
             return triton
     if impl == "triton":
@@ -214,6 +271,9 @@ def check_arguments(
     num_sink_tokens: int,
     sample_method: str,
     impl: str,
+    block_stride_k: int = 1,
+    head_group_size: int = 1,
+    stages: Sequence[Stage] | None = None,
 ) -> None:
     """Raises ValueError if an argument of `hip_attention` other than its tensors does not fit."""
     sizes = {
@@ -223,6 +283,8 @@ def check_arguments(
         "block_size_k": block_size_k,
         "sliding_window": sliding_window,
         "num_sink_tokens": num_sink_tokens,
+        "block_stride_k": block_stride_k,
+        "head_group_size": head_group_size,
     }
     for name, size in sizes.items():
         least = 0 if name in ("sliding_window", "num_sink_tokens") else 1
@@ -230,10 +292,67 @@ def check_arguments(
             raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
     if block_stride_q > block_size_q:
         raise ValueError(f"block_stride_q ({block_stride_q}) must not be above block_size_q ({block_size_q})")
+    if block_stride_k > block_size_k:
+        raise ValueError(f"block_stride_k ({block_stride_k}) must not be above block_size_k ({block_size_k})")
+    if stages is not None:
+        _check_stages(stages)
     if sample_method not in _SAMPLE_METHODS:
         raise ValueError(f"sample_method must be one of {', '.join(map(repr, _SAMPLE_METHODS))}, got {sample_method!r}")
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+
+
+def _check_stages(stages: Sequence[Stage]) -> None:
+    rule = (
+        "stages must be [(block_size_q, block_stride_q, chunk_size, budget), ...], all positive integers but the first "
+        "budget, which is None; block_size_q and chunk_size each a multiple of the next stage's, chunk_size a power of 2"
+    )
+    if not stages:
+        raise ValueError(f"{rule}; got none")
+    before = None
+    for stage in stages:
+        fits = len(stage) == 4 and (stage[3] is None) == (before is None)
+        fits = fits and all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in stage if x is not None)
+        fits = fits and None not in stage[:3] and stage[1] <= stage[0] and stage[2] & (stage[2] - 1) == 0
+        if fits and before is not None:
+            fits = before[0] % stage[0] == 0 and before[2] % stage[2] == 0
+        if not fits:
+            raise ValueError(f"{rule}; got {tuple(stage)}" + (f" after {tuple(before)}" if before else ""))
+        before = stage
+
+
+def _empty(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    mask: HiPMask | None,
+    return_mask: bool,
+    block_size_q: int,
+    block_size_k: int,
+    sliding_window: int,
+    num_sink_tokens: int,
+) -> Tensor | tuple[Tensor, HiPMask]:
+    """The output, and the mask, of a call without rows."""
+    batch, heads, num_queries, _ = query.shape
+    output = query.new_empty((batch, heads, num_queries, value.shape[3])) + 0 * query.sum()
+    if not return_mask:
+        return output
+    if mask is None:
+        window = max(sliding_window, block_size_q - 1)
+        count = -(-num_queries // block_size_q)
+        mask = HiPMask(
+            torch.empty((batch, heads, count, 0), dtype=torch.int32, device=query.device),
+            torch.empty((batch, count), dtype=torch.int64, device=query.device),
+            num_queries,
+            key.shape[2],
+            block_size_q,
+            block_size_k,
+            window,
+            num_sink_tokens,
+            attention_mask,
+        )
+    return output, mask
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:
@@ -246,8 +365,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attention_mask: Te
             raise ValueError(
                 f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
             )
-        if 0 in tensor.shape:
-            raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}")
+        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
+            raise ValueError(f"{name} has no heads, or heads of size 0: shape {tuple(tensor.shape)}")
     batch, heads, num_queries, dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
     if key.shape[0] != batch or key.shape[3] != dim:

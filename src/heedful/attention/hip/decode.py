@@ -45,12 +45,13 @@ class HiPDecodeState:
         block_stride_k: Every so-many-th key of a block is scored. Default 1.
         sliding_window: Latest keys that are always read. Default 256.
         num_sink_tokens: First real tokens, which are always read. Default 16.
+        head_group_size: Heads that share a choice, as in `hip_attention`. Default 1.
         device: Where the buffers are. Default: torch's default device.
 
     Attributes:
-        blocks: int32 `(B, Hq, n)`, the chosen key blocks as in `HiPMask.blocks`.
-        chosen_at: int32 `(B, Hq)`, keys in use when the choice was made; -1 for no choice yet.
-        refreshes: int64 `(B, Hq)`, choices made since the last reset.
+        blocks: int32 `(B, S, n)`, the chosen key blocks as in `HiPMask.blocks`, of S = `Hq / head_group_size` sets.
+        chosen_at: int32 `(B, S)`, keys in use when the choice was made; -1 for no choice yet.
+        refreshes: int64 `(B, S)`, choices made since the last reset.
 
     Raises:
         ValueError: If a size is not an integer in its range.
@@ -74,6 +75,7 @@ class HiPDecodeState:
         block_stride_k: int = 1,
         sliding_window: int = 256,
         num_sink_tokens: int = 16,
+        head_group_size: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
         sizes = {
@@ -85,12 +87,16 @@ class HiPDecodeState:
             "block_stride_k": (block_stride_k, 1),
             "sliding_window": (sliding_window, 0),
             "num_sink_tokens": (num_sink_tokens, 0),
+            "head_group_size": (head_group_size, 1),
         }
         for name, (size, least) in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
         if block_stride_k > block_size_k:
             raise ValueError(f"block_stride_k ({block_stride_k}) must not be above block_size_k ({block_size_k})")
+        if heads % head_group_size:
+            raise ValueError(f"heads ({heads}) must be a multiple of head_group_size ({head_group_size})")
+        self.head_group_size = head_group_size
         self.batch, self.heads, self.max_length = batch, heads, max_length
         self.top_k, self.block_size_k, self.block_stride_k = top_k, block_size_k, block_stride_k
         self.sliding_window = sliding_window
@@ -98,9 +104,10 @@ class HiPDecodeState:
         most = max(0, -(-(max_length - self.sliding_window - num_sink_tokens) // block_size_k))
         self.nodes = min(-(-top_k // block_size_k), most)
         self.rounds = math.ceil(math.log2(most / self.nodes)) if self.nodes else 0
-        self.blocks = torch.full((batch, heads, self.nodes), -1, dtype=torch.int32, device=device)
-        self.chosen_at = torch.full((batch, heads), -1, dtype=torch.int32, device=device)
-        self.refreshes = torch.zeros((batch, heads), dtype=torch.int64, device=device)
+        sets = heads // head_group_size
+        self.blocks = torch.full((batch, sets, self.nodes), -1, dtype=torch.int32, device=device)
+        self.chosen_at = torch.full((batch, sets), -1, dtype=torch.int32, device=device)
+        self.refreshes = torch.zeros((batch, sets), dtype=torch.int64, device=device)
 
     def reset(self) -> None:
         """Forgets the choices: the next step makes new ones. In place, for a graph that was captured before."""
@@ -117,8 +124,11 @@ class HiPDecodeState:
     @torch.no_grad()
     def keys_read(self, lengths: Tensor, first_real: Tensor | None = None) -> Tensor:
         """Keys that a step at these lengths reads with the choice as it is: int64 `(B, Hq)`, on the device."""
-        _, visible = _slots(self, lengths, first_real, reach=int(self.max_length))
-        return visible.sum(-1)
+        _, older = _slots(self, lengths, first_real, reach=0)
+        first = torch.zeros_like(lengths) if first_real is None else first_real
+        chosen_at = self.chosen_at.repeat_interleave(self.head_group_size, 1)
+        window_start = torch.minimum(lengths[:, None], chosen_at) - self.sliding_window
+        return older.sum(-1) + lengths[:, None] - torch.maximum(window_start, first[:, None])
 
 
 def hip_decode(
@@ -213,7 +223,7 @@ def _backend(
     else:
         from heedful.attention.hip import triton
 
-        reason = triton.refuses(query, value, state.nodes, 1, 1, 1)
+        reason = triton.refuses(query, key, value, state.nodes, 1, 1, state.head_group_size)
         if reason is None:
             return triton.decode
     if impl == "triton":
@@ -223,29 +233,31 @@ def _backend(
 
 @torch.no_grad()
 def _choose(query: Tensor, key: Tensor, lengths: Tensor, state: HiPDecodeState, first: Tensor) -> Tensor:
-    """A choice for every row and head: int32 `(B, Hq, n)`. As many rounds as the capacity may need."""
+    """A choice for every row and set: int32 `(B, S, n)`. As many rounds as the capacity may need."""
     batch, heads, _, _ = query.shape
     origin = (first + state.num_sink_tokens).view(batch, 1, 1, 1)
     end = (lengths - state.sliding_window).view(batch, 1, 1, 1)
     available = (end - origin).clamp(min=0).add(state.block_size_k - 1) // state.block_size_k
-    score = reference.Scorer(query[:, :, None], key, None, end - 1, origin, state.block_size_k, state.block_stride_k)
+    score = reference.Scorer(
+        query[:, :, None], key, None, end - 1, origin, state.block_size_k, state.block_stride_k, state.head_group_size
+    )
     available = available.expand(batch, heads, 1, 1)
     start, size = reference.tree(score, available, state.nodes, state.rounds, "center", None)
     chosen = torch.where(size > 0, start, key.shape[2]).sort(-1).values
-    return torch.where(chosen < key.shape[2], chosen, -1)[:, :, 0].int()
+    return torch.where(chosen < key.shape[2], chosen, -1)[:, :: state.head_group_size, 0].int()
 
 
 def _slots(state: HiPDecodeState, lengths: Tensor, first_real: Tensor | None, reach: int) -> tuple[Tensor, Tensor]:
     """Slots of sinks, chosen tokens and window, and which of them a row sees: `(B, Hq, m)`. `reach`: longest window."""
-    batch, heads, _ = state.blocks.shape
+    batch, heads, shared = state.batch, state.heads, state.head_group_size
     device = lengths.device
     length = lengths.long().view(batch, 1, 1)
     first = torch.zeros_like(length) if first_real is None else first_real.long().view(batch, 1, 1)
     # The window reaches from where the search ended to the present.
-    window_start = torch.minimum(length, state.chosen_at.long()[..., None]) - state.sliding_window
-    window_start = torch.maximum(window_start, first)
+    chosen_at = state.chosen_at.long().repeat_interleave(shared, 1)[..., None]
+    window_start = torch.maximum(torch.minimum(length, chosen_at) - state.sliding_window, first)
     sinks = first + torch.arange(state.num_sink_tokens, device=device)
-    blocks = state.blocks.long()
+    blocks = state.blocks.long().repeat_interleave(shared, 1)
     tokens = first + state.num_sink_tokens + blocks * state.block_size_k
     tokens = (tokens[..., None] + torch.arange(state.block_size_k, device=device)).flatten(-2)
     empty = (blocks < 0).repeat_interleave(state.block_size_k, -1)

@@ -7,6 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
+# Of the staged scan: rows of a query block, rows a mean is taken over, tokens of a chunk, tokens to scan (None: all).
+Stage = tuple[int, int, int, int | None]
+
 NOWHERE = torch.iinfo(torch.int64).max  # the slot of a token that does not exist: younger than every row
 
 

@@ -7,12 +7,12 @@ in the batch: a row gets the same bits alone and in company.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from heedful.attention.hip.mask import NOWHERE, HiPMask, layout, only_real
+from heedful.attention.hip.mask import NOWHERE, HiPMask, Layout, Stage, layout, only_real
 
 # Elements of the largest temporary of one chunk of query blocks: near the size of a CPU's cache; enough to fill a GPU.
 _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 1 << 22, 1 << 26
@@ -32,6 +32,7 @@ def choose(
     block_stride_k: int,
     sliding_window: int,
     num_sink_tokens: int,
+    head_group_size: int,
     attention_mask: Tensor | None,
     sample_method: str,
     generator: torch.Generator | None,
@@ -83,7 +84,16 @@ def choose(
             continue
         queries = _take(query, sample[:, None, lo:hi])  # (B, Hq, c, s, D)
         origin = (where.first_slot + num_sink_tokens)[:, None, None, None]
-        scorer = Scorer(queries, key, attention_mask, vote_limit[:, None, lo:hi], origin, block_size_k, block_stride_k)
+        scorer = Scorer(
+            queries,
+            key,
+            attention_mask,
+            vote_limit[:, None, lo:hi],
+            origin,
+            block_size_k,
+            block_stride_k,
+            head_group_size,
+        )
         available = num_blocks[:, None, lo:hi, None].expand(batch, heads, hi - lo, 1)
         if depth == 0 or sample_method != "oracle":
             start, size = tree(scorer, available, nodes, depth, sample_method, generator)
@@ -107,6 +117,7 @@ class Scorer:
         origin: Tensor,
         block_size_k: int,
         block_stride_k: int = 1,
+        head_group_size: int = 1,
     ) -> None:
         self.queries = queries.to(_compute_dtype(queries))
         self.key = key
@@ -114,6 +125,7 @@ class Scorer:
         self.vote_limit = vote_limit[..., None]  # (B, 1, c, s, 1)
         self.origin = origin
         self.block_size_k = block_size_k
+        self.head_group_size = head_group_size
         self.offset = torch.arange(0, block_size_k, block_stride_k, device=key.device)
 
     def __call__(self, block: Tensor) -> Tensor:
@@ -124,7 +136,15 @@ class Scorer:
         score = self.queries @ keys.mT  # (B, Hq, c, s, m * b_k)
         hidden = slots[..., None, :] > self.vote_limit
         score = score.masked_fill_(hidden, torch.finfo(score.dtype).min).amax(-2)
-        return score.unflatten(-1, (-1, len(self.offset))).amax(-1)
+        return by_group(score.unflatten(-1, (-1, len(self.offset))).amax(-1), self.head_group_size)
+
+
+def by_group(scores: Tensor, head_group_size: int) -> Tensor:
+    """Scores `(B, Hq, ...)` of heads that share their keys: the maximum over each group."""
+    if head_group_size == 1:
+        return scores
+    groups = scores.unflatten(1, (-1, head_group_size))
+    return groups.amax(2, keepdim=True).expand_as(groups).flatten(1, 2)
 
 
 def tree(
@@ -168,6 +188,111 @@ def _scan(score: Scorer, available: Tensor, nodes: int) -> tuple[Tensor, Tensor]
     scores = torch.cat(parts, -1).masked_fill(block >= available, -torch.inf)
     start = scores.sort(dim=-1, descending=True, stable=True).indices[..., :nodes]
     return start, (start < available).long()
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def choose_in_stages(
+    query: Tensor,
+    key: Tensor,
+    *,
+    stages: Sequence[Stage],
+    top_k: int,
+    sliding_window: int,
+    num_sink_tokens: int,
+    head_group_size: int,
+    attention_mask: Tensor | None,
+) -> HiPMask:
+    """Estimates the mask as InfiniteHiP does: each stage scans the chunks that the last one kept, in smaller pieces.
+
+    The first stage visits every chunk: `2 * (log2(chunk) + 1)` keys of it, for the means of runs of the block's rows.
+    """
+    batch, heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    device = query.device
+    window = max(sliding_window, stages[0][0] - 1)
+    places = [layout(query, key, stage[0], window, attention_mask) for stage in stages]
+    last = places[-1]
+    origin = (last.first_slot + num_sink_tokens)[:, None, None, None]
+    chunk_size = stages[-1][2]
+    nodes = last.nodes(top_k, chunk_size, num_sink_tokens)
+    blocks = torch.full((batch, heads, last.count, nodes), -1, dtype=torch.int32, device=device)
+    mask = HiPMask(
+        blocks,
+        last.search_end,
+        num_queries,
+        num_keys,
+        last.rows,
+        chunk_size,
+        window,
+        num_sink_tokens,
+        attention_mask,
+    )
+    if nodes == 0:
+        return mask
+    most = -(-max(0, places[0].last_end - num_sink_tokens) // stages[0][2])
+    work = max(most, *(-(-(stage[3] or 1) // stage[2]) for stage in stages))
+    work *= batch * heads * (key.shape[-1] + max(-(-stage[0] // stage[1]) for stage in stages))
+    work *= stages[0][0] // stages[-1][0]
+    step = _chunk(work, device)
+    for lo in range(0, places[0].count, step):
+        start = torch.arange(most, device=device).mul(stages[0][2])[None, None, None].expand(batch, heads, 1, -1)
+        for number, (block_size_q, block_stride_q, chunk_size, _) in enumerate(stages):
+            where = places[number]
+            finer = stages[0][0] // block_size_q
+            some = slice(lo * finer, min((lo + step) * finer, where.count))
+            if number > 0:
+                start = start.repeat_interleave(stages[number - 1][0] // block_size_q, 2)
+                pieces = torch.arange(stages[number - 1][2] // chunk_size, device=device) * chunk_size
+                start = (start[..., None] + pieces).flatten(-2)[:, :, : some.stop - some.start]
+            means, votes = _means(query, where, some, block_stride_q)
+            limit = torch.where(votes, where.search_end[:, some, None] - 1, -1)
+            scorer = Scorer(means, key, attention_mask, limit[:, None], origin, 1)
+            end = (where.search_end[:, None, some, None] - origin).clamp(min=0)
+            score = by_group(_scan_chunks(scorer, start, chunk_size, end), head_group_size)
+            budget = top_k if number == len(stages) - 1 else stages[number + 1][3]
+            assert budget is not None
+            best = (
+                score.sort(dim=-1, descending=True, stable=True)
+                .indices[..., : -(-budget // chunk_size)]
+                .sort(-1)
+                .values
+            )
+            # What holds no searchable key comes last and stays that: its pieces start past the end, too.
+            start = torch.where(score == -torch.inf, NOWHERE // 2, start).expand_as(score).gather(-1, best)
+        chosen = start.sort(-1).values
+        chosen = torch.where(chosen < end, chosen // chunk_size, -1)[..., :nodes]
+        blocks[:, :, some, : chosen.shape[-1]] = chosen.int()
+    return mask
+
+
+def _means(query: Tensor, where: Layout, some: slice, stride: int) -> tuple[Tensor, Tensor]:
+    """Means of each run of `stride` real rows, `(B, Hq, c, runs, D)`, and which runs have any, `(B, c, runs)`."""
+    rows = query[:, :, some.start * where.rows : some.stop * where.rows].to(_compute_dtype(query))
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, (some.stop - some.start) * where.rows - rows.shape[2]))
+    rows = rows.unflatten(2, (-1, where.rows))
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, -where.rows % stride)).unflatten(3, (-1, stride))
+    row = torch.arange(rows.shape[3] * stride, device=query.device).view(-1, stride)
+    real = row < where.real_rows[:, some, None, None]  # (B, c, runs, stride)
+    rows = rows.masked_fill(~real[:, None, ..., None], 0)
+    return rows.sum(-2) / real.sum(-1).clamp(min=1)[:, None, ..., None], real.any(-1)
+
+
+def _scan_chunks(score: Scorer, start: Tensor, chunk_size: int, end: Tensor) -> Tensor:
+    """Scores of chunks: the best of the tokens that a search by halves meets; -inf for a chunk without tokens."""
+    right = torch.minimum(start + chunk_size, end)
+    left, right = torch.broadcast_tensors(start, right)
+    active = left < right
+    left = torch.where(active, left, 0)
+    right = torch.where(active, right, 1)
+    best = torch.full(left.shape, -torch.inf, device=left.device, dtype=score.queries.dtype)
+    for _ in range(chunk_size.bit_length()):
+        middle = (left + right) // 2
+        of_left, of_right = score(torch.cat([(left + middle) // 2, (middle + right) // 2], -1)).chunk(2, -1)
+        better_right = of_right >= of_left
+        best = best.maximum(torch.where(better_right, of_right, of_left))
+        left, right = torch.where(better_right, middle, left), torch.where(better_right, right, middle)
+    return best.masked_fill(~active, -torch.inf)
 
 
 @torch.compiler.disable

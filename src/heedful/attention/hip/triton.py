@@ -9,6 +9,7 @@ of their key head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from heedful.attention.hip.mask import HiPMask, layout
+from heedful.attention.hip.mask import HiPMask, Stage, layout
 
 if TYPE_CHECKING:
     from heedful.attention.hip.decode import HiPDecodeState
@@ -226,6 +227,223 @@ def _choose(
         tl.store(chosen_at + batch * (HEADS // SHARED) + group, length)
         count = refreshes + batch * (HEADS // SHARED) + group
         tl.store(count, tl.load(count) + 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_queries", "num_keys", "first_block", "some", "chunks", "parents", "rows", "stride_rows", "runs", "window",
+        "sinks", "pieces", "finer",
+    ]
+)  # fmt: skip
+def _scan(
+    query,
+    key,
+    attention_mask,
+    first_slot,
+    real_end,
+    starts,
+    scores,
+    num_queries,
+    num_keys,
+    first_block,
+    some,
+    chunks,
+    parents,
+    rows,
+    stride_rows,
+    runs,
+    window,
+    sinks,
+    pieces,
+    finer,
+    stride_query_b,
+    stride_query_h,
+    stride_query_t,
+    stride_key_b,
+    stride_key_h,
+    stride_key_t,
+    stride_mask_b,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    RUNS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of BLOCK_C chunks for one query block and head, `(B, Hq, some, chunks)`; -inf for those without tokens.
+
+    `starts (B, Hq, some / finer, parents)`: first tokens of the chunks that the last stage kept, -1 for none, each to
+    be cut into `pieces`; without it, the chunks tile all tokens.
+    """
+    pid = tl.program_id(0)
+    KV_HEADS: tl.constexpr = HEADS // GROUP
+    part = pid % GROUP
+    at_block = (pid // GROUP) % some
+    outer = pid // (GROUP * some)
+    kv_head = outer % KV_HEADS
+    batch = (outer // KV_HEADS).to(tl.int64)
+    head = kv_head * GROUP + part
+    block = first_block + at_block
+    first = tl.full((), 0, tl.int32)
+    last_real = num_keys
+    if HAS_MASK:
+        first = tl.load(first_slot + batch).to(tl.int32)
+        last_real = tl.load(real_end + batch).to(tl.int32)
+    block_slot = num_keys - num_queries + block * rows
+    real_rows = tl.minimum(tl.maximum(last_real - block_slot, 1), rows)
+    origin = first + sinks
+    end = block_slot + real_rows - window - origin  # tokens that may be chosen, counted from `origin`
+
+    chunk = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = chunk < chunks
+    at = (batch * HEADS + head).to(tl.int64) * some + at_block
+    scores += at * chunks
+    if HAS_STARTS:
+        kept_blocks = tl.cdiv(some, finer)
+        at = (batch * HEADS + head).to(tl.int64) * kept_blocks + at_block // finer
+        begin = tl.load(starts + at * parents + chunk // pieces, mask=inside, other=-1)
+        left = tl.where(begin >= 0, begin + chunk % pieces * CHUNK, end)
+    else:
+        left = chunk * CHUNK
+    right = tl.minimum(left + CHUNK, end)
+    active = inside & (left < right)
+    if tl.max(active.to(tl.int32), 0) == 0:
+        tl.store(scores + chunk, float("-inf"), mask=inside)
+    else:
+        left = tl.where(active, left, 0)
+        right = tl.where(active, right, 1)
+        # Means of runs of rows; a run without a real row does not vote.
+        run = tl.arange(0, RUNS)
+        dims = tl.arange(0, D)
+        query += batch * stride_query_b + head.to(tl.int64) * stride_query_h
+        q = tl.zeros((RUNS, D), tl.float32)
+        count = tl.zeros((RUNS,), tl.float32)
+        for step in range(0, stride_rows):
+            row = run * stride_rows + step
+            real = (row < real_rows) & (run < runs)
+            at_row = (block * rows + row).to(tl.int64)
+            q += tl.load(query + at_row[:, None] * stride_query_t + dims[None, :], mask=real[:, None], other=0.0).to(
+                tl.float32
+            )
+            count += real.to(tl.float32)
+        q = tl.trans(q / tl.maximum(count, 1.0)[:, None]).to(key.dtype.element_ty)
+        votes = count > 0
+        key += batch * stride_key_b + kv_head.to(tl.int64) * stride_key_h
+        best = tl.full((BLOCK_C,), float("-inf"), tl.float32)
+        for _ in range(LEVELS):
+            middle = (left + right) // 2
+            of_left = _score_tokens(
+                (left + middle) // 2, q, votes, key, attention_mask + batch * stride_mask_b, origin, num_keys,
+                stride_key_t, D, HAS_MASK, PRECISION,
+            )  # fmt: skip
+            of_right = _score_tokens(
+                (middle + right) // 2, q, votes, key, attention_mask + batch * stride_mask_b, origin, num_keys,
+                stride_key_t, D, HAS_MASK, PRECISION,
+            )  # fmt: skip
+            better_right = of_right >= of_left
+            best = tl.maximum(best, tl.where(better_right, of_right, of_left))
+            left, right = tl.where(better_right, middle, left), tl.where(better_right, right, middle)
+        tl.store(scores + chunk, tl.where(active, best, float("-inf")), mask=inside)
+
+
+@triton.jit
+def _score_tokens(
+    token, q, votes, key, attention_mask, origin, num_keys, stride_key_t,
+    D: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The largest dot product of each token's key with the columns of q (D, RUNS) that vote."""
+    slot = tl.minimum(origin + token, num_keys - 1)
+    k = tl.load(key + slot.to(tl.int64)[:, None] * stride_key_t + tl.arange(0, D)[None, :])
+    score = tl.dot(k, q, input_precision=PRECISION)
+    score = tl.max(tl.where(votes[None, :], score, HIDDEN), 1)
+    if HAS_MASK:
+        score = tl.where(tl.load(attention_mask + slot) != 0, score, HIDDEN)
+    return score
+
+
+@triton.jit(do_not_specialize=["some", "chunks", "parents", "pieces", "finer", "kept", "chunk_size"])
+def _keep(
+    scores,
+    starts,
+    output,
+    some,
+    chunks,
+    parents,
+    pieces,
+    finer,
+    kept,
+    chunk_size,
+    HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """First tokens of the `kept` best chunks of each query block and head, in order, -1 for none: `(B, Hq, some, kept)`.
+
+    As `_best`, for any number of chunks, a tile at a time. Heads that share their keys rank a chunk by their maximum.
+    """
+    pid = tl.program_id(0).to(tl.int64)  # (batch * HEADS + head) * some + block
+    at_block = (pid % some).to(tl.int32)
+    head = pid // some  # and batch
+    scores += ((head // SHARED * SHARED) * some + at_block) * chunks
+    starts += (head * tl.cdiv(some, finer) + at_block // finer) * parents
+    output += pid * kept
+    columns = tl.arange(0, BLOCK)
+    FIELD: tl.constexpr = 20
+    found = tl.full((), 0, tl.int32)
+    for step in range(16):
+        unit = tl.full((), 1, tl.int32) << (30 - 2 * step)
+        first = (found + unit) ^ -2147483648
+        second = (found + unit + unit) ^ -2147483648
+        third = (found + unit + unit + unit) ^ -2147483648
+        total = tl.full((), 0, tl.int64)
+        for begin in range(0, chunks, BLOCK):
+            score = _ranks(scores, begin + columns, chunks, some, SHARED)
+            fields = (score >= first).to(tl.int64)
+            fields += (score >= second).to(tl.int64) << FIELD
+            fields += (score >= third).to(tl.int64) << (2 * FIELD)
+            total += tl.sum(fields, 0)
+        at_least = (1 << FIELD) - 1
+        steps = ((total & at_least) >= kept).to(tl.int32)
+        steps += (((total >> FIELD) & at_least) >= kept).to(tl.int32)
+        steps += ((total >> (2 * FIELD)) >= kept).to(tl.int32)
+        found += unit * steps
+    threshold = found ^ -2147483648
+    room = kept
+    for begin in range(0, chunks, BLOCK):
+        score = _ranks(scores, begin + columns, chunks, some, SHARED)
+        room -= tl.sum((score > threshold).to(tl.int32), 0)
+    above_before = tl.full((), 0, tl.int32)
+    equal_before = tl.full((), 0, tl.int32)
+    for begin in range(0, chunks, BLOCK):
+        chunk = begin + columns
+        score = _ranks(scores, chunk, chunks, some, SHARED)
+        above = ((score > threshold) & (chunk < chunks)).to(tl.int32)
+        equal = ((score == threshold) & (chunk < chunks)).to(tl.int32)
+        before_above = above_before + tl.cumsum(above, 0) - above
+        before_equal = equal_before + tl.cumsum(equal, 0) - equal
+        chosen = (above > 0) | ((equal > 0) & (before_equal < room))
+        start = chunk * chunk_size
+        if HAS_STARTS:
+            start = tl.load(starts + chunk // pieces, mask=chunk < chunks, other=-1) + chunk % pieces * chunk_size
+        none = score <= -2139095041  # the rank of -inf
+        place = before_above + tl.minimum(before_equal, room)
+        tl.store(output + place, tl.where(none, -1, start), mask=chosen)
+        above_before += tl.sum(above, 0)
+        equal_before += tl.sum(equal, 0)
+
+
+@triton.jit
+def _ranks(scores, chunk, chunks, some, SHARED: tl.constexpr):
+    best = tl.full(chunk.shape, -2147483648, tl.int32)
+    for head in tl.static_range(SHARED):
+        score = tl.load(scores + head * some.to(tl.int64) * chunks + chunk, mask=chunk < chunks, other=float("-inf"))
+        best = tl.maximum(best, _sortable(score))
+    return tl.where(chunk < chunks, best, -2147483648)
 
 
 @triton.jit
@@ -554,15 +772,15 @@ def _choose_config(dim: int, dtype: torch.dtype, samples: int, decode: bool) -> 
     return _Config(64, 4, 3 if dim <= 128 and samples <= 64 else 2)
 
 
-def _attend_config(dim: int, dtype: torch.dtype, block_m: int) -> _Config:
+def _attend_config(dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:
-        return _Config(32, 4, 1)
-    return _Config(64 if dim <= 128 else 32, 8 if block_m > 64 else 4, 2)
+        return _Config(32 if INTERPRETED else 16, 4, 1)
+    return _Config(64, 4, 2) if dim <= 128 else _Config(32, 8, 2)
 
 
 def _decode_config(dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:
-        return _Config(32, 4, 1)
+        return _Config(32 if INTERPRETED else 16, 4, 1)
     return _Config(64, 4, 2)
 
 
@@ -672,8 +890,9 @@ def _launch_attend(
     batch, heads, num_queries, dim = query.shape
     kv_heads, num_keys, dim_v = key.shape[1], key.shape[2], value.shape[3]
     output = torch.empty((batch, heads, num_queries, dim_v), dtype=query.dtype, device=query.device)
-    block_m = min(64, max(16, _pow2(rows)))
-    config = _attend_config(max(dim, dim_v), query.dtype, block_m)
+    most_rows = 16 if query.dtype == torch.float32 and not INTERPRETED else 64
+    block_m = min(most_rows, max(16, _pow2(rows)))
+    config = _attend_config(max(dim, dim_v), query.dtype)
     real = None if attention_mask is None else attention_mask.view(torch.uint8)
     grid = (batch * heads * -(-num_queries // rows) * -(-rows // block_m),)
     _attend[grid](
@@ -875,6 +1094,117 @@ def _parts(chosen: int, dense: int, share: int) -> tuple[int, int]:
     return chosen_parts, chosen_parts + -(-dense // share)
 
 
+_SCAN_SCORES = 1 << 25  # scores of chunks that exist at a time
+
+
+def _launch_scan(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    first_slot: Tensor | None,
+    real_end: Tensor | None,
+    stages: Sequence[int],
+    top_k: int,
+    nodes: int,
+    window: int,
+    sinks: int,
+    shared: int,
+) -> Tensor:
+    """Chosen chunks of the last stage, `(B, Hq, N, n)`. `stages`: four numbers each, 0 for no budget."""
+    query, key = _unit_stride(query, key)
+    batch, heads, num_queries, dim = query.shape
+    kv_heads, num_keys = key.shape[1:3]
+    steps = [tuple(stages[at : at + 4]) for at in range(0, len(stages), 4)]
+    real = None if attention_mask is None else attention_mask.view(torch.uint8)
+    coarse = steps[0][0]
+    coarse_rows = min(coarse, num_queries)
+    first_end = num_keys - window - sinks
+    counts = [-(-max(0, first_end) // steps[0][2])]  # chunks that each stage scores
+    keeps = []
+    for number, (_, _, chunk, _) in enumerate(steps):
+        budget = top_k if number == len(steps) - 1 else steps[number + 1][3]
+        keeps.append(min(-(-budget // chunk), counts[-1]))
+        if number < len(steps) - 1:
+            counts.append(keeps[-1] * (chunk // steps[number + 1][2]))
+    final = -(-num_queries // min(steps[-1][0], num_queries))
+    blocks = torch.full((batch, heads, final, nodes), -1, dtype=torch.int32, device=query.device)
+    finest = coarse // steps[-1][0]
+    run = max(1, _SCAN_SCORES // (batch * heads * max(counts) * finest))
+    for lo in range(0, -(-num_queries // coarse_rows), run):
+        starts = None
+        for number, (block, stride, chunk, _) in enumerate(steps):
+            rows = min(block, num_queries)
+            finer = coarse // block
+            begin = lo * finer
+            some = min((lo + run) * finer, -(-num_queries // rows)) - begin
+            chunks, kept = counts[number], keeps[number]
+            runs = -(-rows // stride)
+            scores = torch.empty((batch, heads, some, chunks), dtype=torch.float32, device=query.device)
+            parents = 1 if starts is None else starts.shape[3]
+            pieces = 1 if number == 0 else steps[number - 1][2] // chunk
+            ratio = 1 if number == 0 else steps[number - 1][0] // block
+            block_c = 64 if query.dtype != torch.float32 else 32
+            _scan[(batch * heads * some, -(-chunks // block_c))](
+                query,
+                key,
+                query if real is None else real,
+                first_slot,
+                real_end,
+                starts,
+                scores,
+                num_queries,
+                num_keys,
+                begin,
+                some,
+                chunks,
+                parents,
+                rows,
+                stride,
+                runs,
+                window,
+                sinks,
+                pieces,
+                ratio,
+                *query.stride()[:3],
+                *key.stride()[:3],
+                0 if real is None else real.stride(0),
+                HEADS=heads,
+                GROUP=heads // kv_heads,
+                D=dim,
+                CHUNK=chunk,
+                LEVELS=chunk.bit_length(),
+                RUNS=max(16, _pow2(runs)),
+                BLOCK_C=block_c,
+                HAS_MASK=real is not None,
+                HAS_STARTS=starts is not None,
+                PRECISION=_precision(query.dtype),
+                num_warps=4,
+                num_stages=1,  # a level's keys depend on the last one's
+            )
+            output = torch.empty((batch, heads, some, kept), dtype=torch.int32, device=query.device)
+            _keep[(batch * heads * some,)](
+                scores,
+                output if starts is None else starts,
+                output,
+                some,
+                chunks,
+                parents,
+                pieces,
+                ratio,
+                kept,
+                chunk,
+                HEADS=heads,
+                SHARED=shared,
+                BLOCK=256 if INTERPRETED else 1024,
+                HAS_STARTS=starts is not None,
+                num_warps=4,
+            )
+            starts = output
+        chosen = torch.where(starts >= 0, starts // steps[-1][2], -1)[..., :nodes]
+        blocks[:, :, begin : begin + some, : chosen.shape[3]] = chosen
+    return blocks
+
+
 choose_op = torch.library.custom_op("heedful::hip_choose", _launch_choose, mutates_args=())
 attend_op = torch.library.custom_op("heedful::hip_attend", _launch_attend, mutates_args=())
 refresh_op = torch.library.custom_op(
@@ -904,6 +1234,28 @@ def _(
     return query.new_empty((batch, heads // shared, -(-num_queries // rows), nodes), dtype=torch.int32)
 
 
+scan_op = torch.library.custom_op("heedful::hip_scan", _launch_scan, mutates_args=())
+
+
+@scan_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    attention_mask: Tensor | None,
+    first_slot: Tensor | None,
+    real_end: Tensor | None,
+    stages: Sequence[int],
+    top_k: int,
+    nodes: int,
+    window: int,
+    sinks: int,
+    shared: int,
+) -> Tensor:
+    batch, heads, num_queries, _ = query.shape
+    count = -(-num_queries // min(stages[-4], num_queries))
+    return query.new_empty((batch, heads, count, nodes), dtype=torch.int32)
+
+
 @attend_op.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *arguments: object) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
@@ -914,7 +1266,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, *arguments: object) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
-def refuses(query: Tensor, value: Tensor, nodes: int, rows: int, stride_rows: int, shared: int) -> str | None:
+def refuses(
+    query: Tensor, key: Tensor, value: Tensor, nodes: int, rows: int, stride_rows: int, shared: int
+) -> str | None:
     """Why the kernels cannot take these inputs, to follow "impl='triton'"; None if they can."""
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16, not {query.dtype}"
@@ -925,9 +1279,69 @@ def refuses(query: Tensor, value: Tensor, nodes: int, rows: int, stride_rows: in
         return f"takes a top_k of at most {MOST_NODES} key blocks, not {nodes}"
     if _samples(rows, stride_rows) * shared > 256:
         return f"takes at most 256 sampled queries a set, not {_samples(rows, stride_rows) * shared}"
+    if query.shape[1] // key.shape[1] % shared:
+        return f"takes a head_group_size that divides the {query.shape[1] // key.shape[1]} query heads of a key head"
     if not query.is_cuda and not INTERPRETED:
         return f"runs on CUDA devices, not on {query.device} (or set TRITON_INTERPRET=1 before triton is imported)"
     return None
+
+
+def refuses_stages(stages: Sequence[Stage], shared: int) -> str | None:
+    """Why the kernels cannot take these stages; None if they can."""
+    for block_size_q, block_stride_q, _, _ in stages:
+        if -(-block_size_q // block_stride_q) > 128:
+            return f"takes at most 128 means of queries a block, not {-(-block_size_q // block_stride_q)}"
+    return None
+
+
+def choose_in_stages(
+    query: Tensor,
+    key: Tensor,
+    *,
+    stages: Sequence[Stage],
+    top_k: int,
+    sliding_window: int,
+    num_sink_tokens: int,
+    head_group_size: int,
+    attention_mask: Tensor | None,
+) -> HiPMask:
+    """`reference.choose_in_stages`; the means of queries are rounded to the keys' dtype."""
+    block_size_q, _, chunk_size, _ = stages[-1]
+    window = max(sliding_window, stages[0][0] - 1)
+    plan = layout(query, key, block_size_q, window, attention_mask)
+    nodes = plan.nodes(top_k, chunk_size, num_sink_tokens)
+    if nodes == 0:
+        shape = (*query.shape[:2], plan.count, 0)
+        blocks = torch.empty(shape, dtype=torch.int32, device=query.device)
+    else:
+        padded = attention_mask is not None
+        run = scan_op if torch.compiler.is_compiling() else _launch_scan
+        flat = [0 if number is None else number for stage in stages for number in stage]
+        with torch.cuda.device_of(query):
+            blocks = run(
+                query,
+                key,
+                attention_mask,
+                plan.first_slot if padded else None,
+                plan.real_end if padded else None,
+                flat,
+                top_k,
+                nodes,
+                window,
+                num_sink_tokens,
+                head_group_size,
+            )
+    return HiPMask(
+        blocks,
+        plan.search_end,
+        query.shape[2],
+        key.shape[2],
+        plan.rows,
+        chunk_size,
+        window,
+        num_sink_tokens,
+        attention_mask,
+    )
 
 
 def choose(
@@ -941,6 +1355,7 @@ def choose(
     block_stride_k: int,
     sliding_window: int,
     num_sink_tokens: int,
+    head_group_size: int,
     attention_mask: Tensor | None,
     sample_method: str,
 ) -> HiPMask:
@@ -967,9 +1382,10 @@ def choose(
                 block_stride_k,
                 plan.window,
                 num_sink_tokens,
-                1,
+                head_group_size,
                 _PLACES[sample_method],
             )
+        blocks = blocks.repeat_interleave(head_group_size, 1) if head_group_size > 1 else blocks
     return HiPMask(
         blocks,
         plan.search_end,
