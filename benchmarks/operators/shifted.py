@@ -92,7 +92,7 @@ def measure(bench: Any) -> None:
                         torch.autograd.grad(run(*leaves), leaves, d_output)
 
                     with torch.no_grad():
-                        forward = bench.time(lambda run=run: run(*inputs[:3]))
+                        forward = bench.time(functools.partial(run, *inputs[:3]))
                     ms = bench.time(both)
                     bench.row(
                         f"D={dim} T={length // 1024}k forward+backward", name, ms=ms, error=error, peak=bench.peak(both),

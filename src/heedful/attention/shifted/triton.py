@@ -553,10 +553,10 @@ def _launch_forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, length, dim = query.shape
-    # Rows of padding are not visited.
+    # Padding is not visited.
     new = torch.empty if attention_mask is None else torch.zeros
     output = new((batch, length, heads, dim), dtype=query.dtype, device=query.device)
-    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=query.device)
+    lse = new((batch, heads, length), dtype=torch.float32, device=query.device)
     if output.numel() == 0:
         return output, lse
     query, key, value = (_aligned(x) for x in (query, key, value))
@@ -794,6 +794,7 @@ def _on_device(launch: Any, query: Tensor, *arguments: Any) -> Any:
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, attention_mask, *ctx.numbers = inputs
     ctx.save_for_backward(query, key, value, attention_mask, *output)
+    ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, d_output: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
