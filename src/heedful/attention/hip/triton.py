@@ -1143,7 +1143,7 @@ def _launch_scan(
             parents = 1 if starts is None else starts.shape[3]
             pieces = 1 if number == 0 else steps[number - 1][2] // chunk
             ratio = 1 if number == 0 else steps[number - 1][0] // block
-            block_c = 64 if query.dtype != torch.float32 else 32
+            block_c = 64 if query.dtype != torch.float32 or INTERPRETED else 16
             _scan[(batch * heads * some, -(-chunks // block_c))](
                 query,
                 key,
