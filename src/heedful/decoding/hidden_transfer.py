@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import LongTensor, Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from heedful.decoding.drafter import DraftingOutputs
@@ -19,6 +20,7 @@ from heedful.decoding.tree import DraftTree
 from heedful.seam import AttentionCall, Kernel, Verification, attach
 
 _RANKS = 10
+_BLOCK = 128  # anchors whose attention is worked out at once in training
 
 
 class HiddenTransfer(TrainedDrafter):
@@ -62,7 +64,7 @@ class HiddenTransfer(TrainedDrafter):
     Paper:
         "Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration", Wu, Liu, Gong, Wang, Li, Wang,
         Cai, Zhao, arXiv 2404.12022. There is no public code; what the abstract leaves open (source, sharing, bias, norm, layers)
-        are arguments. Windows of sliding layers are those of the anchor.
+        are arguments.
     """
 
     joins_forward = True
@@ -294,15 +296,19 @@ class HiddenTransfer(TrainedDrafter):
         return bool(self.transfer_layers) and self.transfer_layers[0] < self.num_hidden_layers
 
     @torch.no_grad()
-    def calibrate(self, model: PreTrainedModel, rows: Tensor, max_nodes: int = 24) -> list[list[float]]:
-        """Builds the sparse tree from accuracies measured on the model's own text ``(N, T)``, in place; returns them."""
+    def calibrate(
+        self, model: PreTrainedModel, rows: Tensor, max_nodes: int = 24, prompt: int = 0
+    ) -> list[list[float]]:
+        """Builds the sparse tree from accuracies measured on the model's own text ``(N, T)``, in place; returns them.
+
+        ``prompt``: tokens at the beginning of each row that the model did not choose, and that are not counted."""
         self.bind(model)
         found, chosen = [], []
         for batch in rows.to(model_device(model)).split(8):
             pseudo, hidden = self.pseudo_states(model, batch)
             found.append(self._best(pseudo.transpose(1, 2)))
             chosen.append(F.linear(hidden, output_weight(model)).argmax(-1))
-        accuracies, _ = rank_accuracies(torch.cat(found), torch.cat(chosen))
+        accuracies, _ = rank_accuracies(torch.cat(found), torch.cat(chosen), prompt=prompt)
         self.set_tree(best_tree(accuracies, max_nodes))
         return accuracies
 
@@ -315,7 +321,8 @@ class _Joined:
         self.nodes: int | None = None
         self.live = 0
         self.pseudo: Tensor
-        self.masks: dict[tuple[int, int], Tensor] = {}
+        self.windows = _windows(drafter.target)
+        self.masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def _append(self, index: int, hidden: Tensor) -> Tensor:
         if self.nodes is None:
@@ -336,9 +343,8 @@ class _Joined:
             hidden = self._append(index, args[0] if args else kwargs.pop("hidden_states"))
             nodes, live = cast(int, self.nodes), self.live
             cache: Any = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-            kwargs["attention_mask"] = self.mask(
-                kwargs.get("attention_mask"), hidden, cache.get_seq_length(index) + nodes
-            )
+            keys = cache.get_seq_length(index) + nodes
+            kwargs["attention_mask"] = self.mask(kwargs.get("attention_mask"), hidden, keys, self.windows[index])
             positions = kwargs.get("position_ids")
             if positions is not None:
                 ahead = torch.arange(live + 1, device=positions.device)[:, None]
@@ -350,22 +356,34 @@ class _Joined:
 
         return hook
 
-    def mask(self, base: Tensor | None, hidden: Tensor, keys: int) -> Tensor:
-        """The additive mask of n real rows and their pseudo rows: a pseudo row sees what its anchor sees, and its own steps."""
-        place = (id(base), self.live)
+    def mask(self, base: Tensor | None, hidden: Tensor, keys: int, window: int | None) -> Tensor:
+        """The additive mask of n real rows and their pseudo rows: a pseudo row sees what its anchor sees, and its own steps.
+
+        In a layer with a window a pseudo row of step i is i positions further on, so that the i keys furthest back go.
+        """
+        place = (id(base), self.live, window)
         if place not in self.masks:
             nodes, live, hide = cast(int, self.nodes), self.live, torch.finfo(hidden.dtype).min
             if base is None:
                 base = hidden.new_zeros((hidden.shape[0], 1, nodes, keys))
             elif base.dtype == torch.bool:
                 base = torch.zeros_like(base, dtype=hidden.dtype).masked_fill(~base, hide)
-            own = torch.kron(
-                torch.ones(live, live, device=hidden.device).tril(), torch.eye(nodes, device=hidden.device)
-            )
-            right = torch.cat([torch.zeros(nodes, live * nodes, device=hidden.device), own]) > 0
+            step = torch.arange(live, device=hidden.device)
+            own = step[None, :] <= step[:, None]
+            left = [base]
+            if window is None:
+                left += [base] * live
+            else:
+                own = own & (step[None, :] > step[:, None] - window)
+                # What an anchor sees lies in the columns by rising position, so its n-th visible column is the n-th in place.
+                order = (base == 0).cumsum(-1)
+                visible = order[..., -1:]
+                left += [base.masked_fill(order <= visible - (window - 1 - i), hide) for i in range(live)]
+            own = torch.kron(own.float(), torch.eye(nodes, device=hidden.device)) > 0
+            right = torch.cat([torch.zeros_like(own[:nodes]), own])
             right_mask = torch.zeros(right.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~right, hide)
-            left = base.repeat(1, 1, live + 1, 1)
-            self.masks[place] = torch.cat([left, right_mask.expand(*left.shape[:2], -1, -1)], dim=-1)
+            rows = torch.cat(left, dim=2)
+            self.masks[place] = torch.cat([rows, right_mask.expand(*rows.shape[:2], -1, -1)], dim=-1)
         return self.masks[place]
 
     def before_norm(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -416,24 +434,59 @@ class _PseudoAttention(Kernel):
     def __call__(self, call: AttentionCall) -> Tensor:
         memory: Any = self.cache.layers[call.module.layer_idx]  # type: ignore[index]
         batch, heads, rows, dim = call.query.shape
-        steps, length, groups = rows // self.length, self.length, call.groups
-        query = call.query.view(batch, -1, groups, steps, length, dim)
+        steps, length = rows // self.length, self.length
+        query = call.query.view(batch, -1, call.groups, steps, length, dim)
         keys, values = cast(Tensor, memory.keys).to(query.dtype), cast(Tensor, memory.values).to(query.dtype)
-        real = torch.einsum("bhgsnd,bhmd->bhgsnm", query, keys) * call.scaling
         own_keys, own_values = (x.view(batch, -1, steps, length, dim) for x in (call.key, call.value))
-        own = torch.einsum("bhgsnd,bhtnd->bhgsnt", query, own_keys) * call.scaling
-        if call.softcap is not None:
-            real, own = (call.softcap * torch.tanh(x / call.softcap) for x in (real, own))
-        at = torch.arange(length, device=query.device)
-        seen = at[None, :] <= at[:, None]
-        if (window := call.keywords.get("sliding_window")) is not None:
-            seen = seen & (at[None, :] > at[:, None] - window)
-        later = torch.ones(steps, steps, dtype=torch.bool, device=query.device).triu(1)
-        scores = torch.cat([real.masked_fill(~seen, -torch.inf), own.masked_fill(later[:, None], -torch.inf)], dim=-1)
-        weights = scores.float().softmax(-1).to(values.dtype) if scores.dtype != torch.float64 else scores.softmax(-1)
-        out = torch.einsum("bhgsnm,bhmd->bhgsnd", weights[..., :length], values)
-        out = out + torch.einsum("bhgsnt,bhtnd->bhgsnd", weights[..., length:], own_values)
-        return out.reshape(batch, heads, rows, dim)
+        window = call.keywords.get("sliding_window")
+        out = []
+        for start in range(0, length, _BLOCK):  # blocks of anchors: no scores of all rows with all keys are ever there
+            block = slice(start, start + _BLOCK)
+            arguments = (
+                query[:, :, :, :, block], keys[:, :, : start + _BLOCK], values[:, :, : start + _BLOCK],
+                own_keys[:, :, :, block], own_values[:, :, :, block], start, call.scaling, call.softcap, window,
+            )  # fmt: skip
+            if torch.is_grad_enabled() and query.requires_grad:
+                out.append(cast(Tensor, checkpoint(_attend, *arguments, use_reentrant=False)))
+            else:
+                out.append(_attend(*arguments))
+        return torch.cat(out, dim=4).reshape(batch, heads, rows, dim)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, start: int, scaling: float,
+    softcap: float | None, window: int | None,
+) -> Tensor:  # fmt: skip
+    """Attention of the pseudo rows ``(B, Hkv, G, steps, n, D)`` of anchors ``start`` to ``start + n - 1``.
+
+    Keys and values ``(B, Hkv, m, D)`` of the real rows, ``(B, Hkv, steps, n, D)`` of the pseudo rows. The row of step s
+    (from 0) stands at position anchor + s + 1, and windows are counted from there.
+    """
+    steps, count = query.shape[3], query.shape[4]
+    real = torch.einsum("bhgsnd,bhmd->bhgsnm", query, keys) * scaling
+    own = torch.einsum("bhgsnd,bhtnd->bhgsnt", query, own_keys) * scaling
+    if softcap is not None:
+        real, own = (softcap * torch.tanh(x / softcap) for x in (real, own))
+    anchor = torch.arange(start, start + count, device=query.device)[:, None]
+    step = torch.arange(steps, device=query.device)
+    key = torch.arange(keys.shape[2], device=query.device)
+    seen = (key <= anchor).expand(steps, -1, -1)
+    own_seen = step[None, :] <= step[:, None]
+    if window is not None:
+        seen = seen & (key > anchor + step[:, None, None] + 1 - window)
+        own_seen = own_seen & (step[None, :] > step[:, None] - window)
+    scores = torch.cat([real.masked_fill(~seen, -torch.inf), own.masked_fill(~own_seen[:, None], -torch.inf)], dim=-1)
+    weights = scores.float().softmax(-1).to(values.dtype) if scores.dtype != torch.float64 else scores.softmax(-1)
+    out = torch.einsum("bhgsnm,bhmd->bhgsnd", weights[..., : keys.shape[2]], values)
+    return out + torch.einsum("bhgsnt,bhtnd->bhgsnd", weights[..., keys.shape[2] :], own_values)
+
+
+def _windows(model: PreTrainedModel) -> list[int | None]:
+    """The window of each layer, None where a layer has none."""
+    text = model.config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:

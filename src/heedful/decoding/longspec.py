@@ -104,6 +104,8 @@ class LongSpec(TrainedDrafter):
                 nn.init.normal_(module.weight, std=initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        #: What training draws: lags from 1 to ``most_lag``, and offsets up to ``largest_offset`` (0: positions stay).
+        self.most_lag, self.largest_offset = MOST_LAG, LARGEST_OFFSET
         self._state: _State | None = None
         self._cache: Cache | None = None
 
@@ -152,11 +154,12 @@ class LongSpec(TrainedDrafter):
         values: Tensor,
         mask: Tensor | None,
     ) -> Tensor:
-        """``x`` plus the block's own attention; ``mask``: bool ``(B, T, keys)``, None: causal."""
+        """``x`` plus the block's own attention; ``mask``: bool ``(B, T, keys)``, None: causal within the window."""
         query = _rotate(_heads(self.q_proj(normed), self.head_dim), rotation)
-        out = F.scaled_dot_product_attention(
-            query, keys, values, None if mask is None else mask[:, None], is_causal=mask is None, enable_gqa=True
-        )
+        if mask is None:
+            out = _windowed(query, keys, values, self.window)
+        else:
+            out = F.scaled_dot_product_attention(query, keys, values, mask[:, None], enable_gqa=True)
         return x + self.o_proj(out.transpose(1, 2).flatten(2))
 
     def cross_query(self, h: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -177,7 +180,7 @@ class LongSpec(TrainedDrafter):
         of up to 1,200 tokens the first 0 to 4 positions stay and all others are moved up by a random offset, so that large
         distances occur.
         """
-        lag = int(torch.randint(1, MOST_LAG + 1, ()))
+        lag = int(torch.randint(1, self.most_lag + 1, ()))
         positions = self.anchored_positions(model, input_ids.shape[1]).to(input_ids.device)
         logits = self.logits(model, input_ids, lag, positions.expand_as(input_ids))[:, :-1].float()
         wanted = input_ids[:, 1:]
@@ -186,13 +189,12 @@ class LongSpec(TrainedDrafter):
             accuracy = (logits.argmax(-1) == wanted).float().mean()
         return loss, {"accuracy": accuracy}
 
-    @staticmethod
-    def anchored_positions(model: PreTrainedModel, length: int) -> Tensor:
+    def anchored_positions(self, model: PreTrainedModel, length: int) -> Tensor:
         """Positions ``(length,)`` with a random number of anchors and a random offset behind them."""
         positions = torch.arange(length)
         if length <= ANCHORED_LENGTH:
             longest = model.config.get_text_config(decoder=True).max_position_embeddings
-            reach = max(min(LARGEST_OFFSET, longest - 1000) - length, 0)
+            reach = max(min(self.largest_offset, longest - 1000) - length, 0)
             anchors, offset = int(torch.randint(0, MOST_ANCHORS + 1, ())), int(torch.randint(0, reach + 1, ()))
             positions[anchors:] += offset
         return positions
@@ -210,12 +212,7 @@ class LongSpec(TrainedDrafter):
             x = model.get_input_embeddings()(input_ids)
         rotation = _rotation(model, positions)
         normed, own_keys, own_values = self.keys_values(x, rotation)
-        mask = None
-        length = input_ids.shape[1]
-        if length > self.window + 1:
-            at = torch.arange(length, device=x.device)
-            mask = ((at[None] <= at[:, None]) & (at[None] >= at[:, None] - self.window))[None]
-        h = self.own_attention(x, normed, rotation, own_keys, own_values, mask)
+        h = self.own_attention(x, normed, rotation, own_keys, own_values, None)
         query = self.cross_query(h, rotation)[:, :, lag:]
         dtype = query.dtype
         read = F.scaled_dot_product_attention(
@@ -371,6 +368,38 @@ def _read(query: Tensor, memory: Any, lengths: Tensor, padding: Tensor) -> Tenso
     seen = (at < lengths[:, None]) & (at >= padding[:, None])
     out = F.scaled_dot_product_attention(query, keys, values, seen[:, None, None], enable_gqa=True)
     return torch.where((lengths > padding)[:, None, None, None], out, 0.0)  # an empty memory
+
+
+def _windowed(query: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
+    """Causal attention ``(B, heads, T, D)`` of every row to itself and the ``window`` rows before it.
+
+    Blocks of ``window`` rows, each of which reads its own block and the one before: time and memory grow with T, not T T.
+    """
+    length = query.shape[2]
+    if length <= window + 1:
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
+    blocks = -(-length // window)
+
+    def split(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, blocks * window - length)).unflatten(2, (blocks, window))
+
+    def with_the_block_before(x: Tensor) -> Tensor:
+        x = split(x)
+        return torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], dim=3).transpose(1, 2).flatten(0, 1)
+
+    row, key = (
+        torch.arange(window, device=query.device)[:, None],
+        torch.arange(2 * window, device=query.device) - window,
+    )
+    near = ((key <= row) & (key >= row - window)).expand(blocks, -1, -1)
+    near = near & (
+        (key >= 0) | (torch.arange(blocks, device=query.device) > 0)[:, None, None]
+    )  # before the first: nothing
+    out = F.scaled_dot_product_attention(
+        split(query).transpose(1, 2).flatten(0, 1), with_the_block_before(keys), with_the_block_before(values),
+        near.repeat(query.shape[0], 1, 1)[:, None], enable_gqa=True,
+    )  # fmt: skip
+    return out.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:

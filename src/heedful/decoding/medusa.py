@@ -187,7 +187,7 @@ class Medusa(TrainedDrafter):
     # The tree -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def calibrate(self, model: PreTrainedModel, rows: Tensor, max_nodes: int = 63) -> dict[str, float]:
+    def calibrate(self, model: PreTrainedModel, rows: Tensor, max_nodes: int = 63, prompt: int = 0) -> dict[str, float]:
         """Builds the sparse tree from measured accuracies, in place, and keeps them with the drafter.
 
         The rows should be the model's own greedy continuations (`heedful.training.own_text`): a candidate counts as right
@@ -197,19 +197,20 @@ class Medusa(TrainedDrafter):
             model: the target.
             rows: ``(N, T)`` token ids.
             max_nodes: nodes below the root.
+            prompt: tokens at the beginning of each row that the model did not choose, and that are not counted.
 
         Returns:
             Expected tokens a step: ``"expected"`` by products of the heads' accuracies, ``"empirical"`` as counted on the
             rows (successes are correlated, so the two differ), and ``"default_tree"`` for the reference's tree, by products.
         """
         self.bind(model)
-        self.tree = RankTree([(0,) * 0 + (rank,) for rank in range(_RANKS)], self.num_heads, _RANKS)
+        self.tree = RankTree([(rank,) for rank in range(_RANKS)], self.num_heads, _RANKS)  # all ranks are measured
         found, chosen = [], []
         for batch in rows.to(model_device(model)).split(8):
             hidden = model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
             found.append(self.candidates(hidden))
             chosen.append(F.linear(hidden, output_weight(model)).argmax(-1))
-        accuracies, hits = rank_accuracies(torch.cat(found), torch.cat(chosen))
+        accuracies, hits = rank_accuracies(torch.cat(found), torch.cat(chosen), prompt=prompt)
         self.accuracies = accuracies
         self.set_tree(best_tree(accuracies, max_nodes))
         self._hub_mixin_config["accuracies"] = accuracies  # type: ignore[index]

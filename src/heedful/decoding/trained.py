@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -146,13 +146,17 @@ def expected_length(paths: RankPaths, accuracies: Sequence[Sequence[float]]) -> 
 
 
 @torch.no_grad()
-def rank_accuracies(candidates: Tensor, choices: Tensor, first: int = 2) -> tuple[list[list[float]], Any]:
+def rank_accuracies(
+    candidates: Tensor, choices: Tensor, first: int = 2, prompt: int = 0
+) -> tuple[list[list[float]], Tensor]:
     """How often each candidate is the model's own choice on text where the model's choices are the text.
 
     Args:
         candidates: ``(N, T, steps, ranks)``: drafted at position t for t + first, t + first + 1, ...
         choices: ``(N, T)`` the model's arg-max at every position (its choice for t + 1).
         first: how far ahead of its position the first candidate lies.
+        prompt: tokens at the beginning of each row that the model did not choose: what is drafted there is not counted, since
+            the draft and the model would go on from different tokens.
 
     Returns:
         ``[step][rank]`` rates, and the hits ``(N, T', steps, ranks)`` that they are means of.
@@ -166,4 +170,9 @@ def rank_accuracies(candidates: Tensor, choices: Tensor, first: int = 2) -> tupl
         ],
         dim=2,
     )
+    hits = hits[:, max(0, prompt - 1) :]  # the first draft is made when the prompt has been read
+    if not hits.numel():
+        raise ValueError(
+            f"rows of {length} tokens leave nothing to measure {steps} steps ahead behind {prompt} of prompt"
+        )
     return hits.float().mean((0, 1)).tolist(), hits

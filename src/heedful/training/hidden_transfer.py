@@ -60,6 +60,6 @@ def train_hidden_transfer(
     )
     if calibration_rows and "stop_after" not in options:
         rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
-        drafter.calibrate(model, own_text(model, rows), max_nodes)
+        drafter.calibrate(model, own_text(model, rows), max_nodes, prompt=64)
         drafter.float().save_pretrained(out)
     return out

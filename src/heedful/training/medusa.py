@@ -89,7 +89,7 @@ def train_medusa(
         )
     if calibration_rows and "stop_after" not in options:
         rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
-        drafter.calibrate(tuned, own_text(tuned, rows), max_nodes)
+        drafter.calibrate(tuned, own_text(tuned, rows), max_nodes, prompt=64)
         drafter.float().save_pretrained(out)
     return out
 
