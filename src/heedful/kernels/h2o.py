@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from heedful.kernels._causal import check_mask, refuse, window_of
+from heedful.kernels._causal import check_mask, positions_in_documents, refuse, window_of
 from heedful.seam import AttentionCall, Kernel
 
 _NAME = "H2OAttention"
@@ -273,8 +273,13 @@ class H2OAttention(Kernel):
         real = call.real_keys()[:, -queries:] if call.mask is not None else None
         every = torch.ones(len(call.query), queries, dtype=torch.bool, device=call.query.device)
         real = every if real is None else real
-        if layer.positions is None and window_of(call) is None:
-            check_mask(call, _NAME, real)
+        if layer.positions is None:
+            if positions_in_documents(call.positions, real) is not None:
+                raise ValueError(
+                    f"layer {call.layer}: {_NAME} reads one document a row, and position_ids restart here."
+                )
+            if window_of(call) is None:
+                check_mask(call, _NAME, real)
         output, sums = _attend(call, layer, real)
         layer.observe(sums, real)
         assert layer.positions is not None
