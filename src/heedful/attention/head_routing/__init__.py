@@ -1,0 +1,269 @@
+"""Head routing (Mixture-of-Head attention, arXiv 2410.11842): attention in which each token has its own set of heads."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from heedful.attention.head_routing import reference
+
+__all__ = ["HeadDispatch", "dispatch_heads", "routed_attention", "routed_projection"]
+
+_IMPLEMENTATIONS = ("auto", "reference", "triton")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: a traced call must not look
+_MOST_TOKENS = 2**31 - 1
+
+
+class HeadDispatch(NamedTuple):
+    """Which tokens each head works for, as the kernels read it; made by `dispatch_heads`.
+
+    Attributes:
+        active: bool `(B, T, H)`.
+        rows: int32 `(H, B * T)`: for each head its tokens, in ascending order, as `b * T + t`; what lies behind them is
+            not read.
+        before: int32 `(H, B * T + 1)`: how many of the first n tokens a head has.
+    """
+
+    active: Tensor
+    rows: Tensor
+    before: Tensor
+
+
+def dispatch_heads(active: Tensor) -> HeadDispatch:
+    """Sorts tokens by head, once for all operators of a layer, on the tensor's device and without a host synchronisation.
+
+    Args:
+        active: bool `(B, T, H)`, True where a token has a head.
+
+    Raises:
+        ValueError: If `active` is not that.
+    """
+    if active.dtype != torch.bool or active.ndim != 3:
+        raise ValueError(f"active must be bool (B, T, H), got {active.dtype} of shape {tuple(active.shape)}")
+    chosen = active.flatten(0, 1).T
+    heads, tokens = chosen.shape
+    before = torch.zeros(heads, tokens + 1, dtype=torch.int32, device=active.device)
+    before[:, 1:] = chosen.cumsum(1, dtype=torch.int32)
+    # Tokens that were not chosen all go to one place behind the list.
+    place = torch.where(chosen, before[:, :-1], tokens).long()
+    token = torch.arange(tokens, dtype=torch.int32, device=active.device).expand(heads, tokens)
+    rows = torch.zeros(heads, tokens + 1, dtype=torch.int32, device=active.device).scatter(1, place, token)
+    return HeadDispatch(active, rows[:, :tokens].contiguous(), before)
+
+
+def routed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    active: Tensor | HeadDispatch | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    attention_mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Softmax attention of chosen (token, head) pairs: exact for those, 0 for the others, whose queries are not read.
+
+    Keys and values of all tokens stay visible to every head: routing is by query token. Query row i is at position
+    `Tk - Tq + i` of the keys.
+
+    Example:
+        >>> import torch
+        >>> from heedful.attention import routed_attention
+        >>> query, key, value = torch.randn(3, 2, 8, 100, 64)
+        >>> active = torch.rand(2, 100, 8) < 0.5  # (B, T, H)
+        >>> output = routed_attention(query, key, value, active)
+        >>> bool((output.transpose(1, 2)[~active] == 0).all())
+        True
+
+    Args:
+        query: `(B, Hq, Tq, D)`, float32, bfloat16, float16 or float64. Any strides.
+        key: `(B, Hkv, Tk, D)`, Hq a multiple of Hkv, not repeated; `Tk >= Tq` if causal.
+        value: `(B, Hkv, Tk, Dv)`.
+        active: bool `(B, Tq, Hq)`, True where the token has the head, or what `dispatch_heads` made of it (saves making
+            it again). None: every token has every head.
+        causal: A row sees the keys up to its own position. False: all keys.
+        window: A row sees only the `window` latest keys, its own included; causal only. None for no window.
+        attention_mask: bool `(B, Tk)`, True for real tokens: the others are seen by nobody, whatever they hold. None: all are.
+        scale: Factor on the dot products, positive; None for `D ** -0.5`.
+        impl: "reference" (plain PyTorch, everywhere: all heads, then zeros), "triton" (CUDA; float32, bfloat16 or float16; D = Dv one of
+            16, 32, 64, 128, 256) or "auto": Triton where it can, else the reference.
+
+    Returns:
+        `(B, Hq, Tq, Dv)` in the query's dtype. Sums are float32 (float64 for float64). A row that sees no key gives 0.
+        Differentiable in query, key and value, deterministic; a pair that was not chosen gives and gets no gradient.
+
+    Raises:
+        ValueError: If a shape, dtype or argument does not fit, before any work.
+
+    Cost:
+        `4 * (chosen pairs) * Tk * D` floating-point operations (half of it if causal), and as much memory as dense
+        attention: the tensors of queries and outputs are full. A tile of 128 chosen rows spans more positions than 128
+        rows in a row, so the causal diagonal is a little broader.
+
+    When not to use:
+        When nearly all pairs are chosen: `scaled_dot_product_attention` has faster kernels. To save keys and values too,
+        route whole groups of heads.
+
+    Paper:
+        "MoH: Multi-Head Attention as Mixture-of-Head Attention", Jin, Zhu, Yuan, Yan, arXiv 2410.11842 (its released code
+        computes all heads and multiplies by 0).
+    """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    _check_attention(query, key, value, causal, window, attention_mask, scale, impl)
+    batch, heads, length, dim = query.shape
+    chosen = active.active if isinstance(active, HeadDispatch) else active
+    if chosen is not None and (chosen.dtype != torch.bool or chosen.shape != (batch, length, heads)):
+        raise ValueError(
+            f"active must be bool (B, Tq, Hq) = ({batch}, {length}, {heads}), got {chosen.dtype} of shape {tuple(chosen.shape)}"
+        )
+    scale = dim**-0.5 if scale is None else scale
+    if 0 in query.shape or 0 in key.shape:
+        return query.new_zeros(*query.shape[:3], value.shape[3])
+    with torch.autocast(device, enabled=False):  # sums stay float32
+        if _use_triton(impl, query, value.shape[-1]):
+            from heedful.attention.head_routing import triton
+
+            if chosen is None:
+                chosen = torch.ones(1, 1, 1, dtype=torch.bool, device=query.device).expand(batch, length, heads)
+            dispatch = active if isinstance(active, HeadDispatch) else dispatch_heads(chosen)
+            output, _ = triton.routed_attention_op(
+                query, key, value, attention_mask, dispatch.rows, dispatch.before, causal, window or 0, scale
+            )
+            return output.transpose(1, 2)
+        return reference.routed_attention(
+            query, key, value, chosen, causal=causal, window=window or 0, attention_mask=attention_mask, scale=scale
+        )
+
+
+def routed_projection(
+    x: Tensor, weight: Tensor, active: Tensor | HeadDispatch, bias: Tensor | None = None, *, impl: str = "auto"
+) -> Tensor:
+    """`x[b, t] @ weight[h]` for the chosen (token, head) pairs, 0 for the others: a query projection of chosen heads.
+
+    Example:
+        >>> import torch
+        >>> from heedful.attention import routed_projection
+        >>> x, weight = torch.randn(2, 10, 32), torch.randn(4, 32, 16)
+        >>> routed_projection(x, weight, torch.rand(2, 10, 4) < 0.5).shape
+        torch.Size([2, 10, 4, 16])
+
+    Args:
+        x: `(B, T, C)`, float32, bfloat16, float16 or float64.
+        weight: `(H, C, D)`, any strides; of a linear layer `(H * D, C)` it is `layer.weight.unflatten(0, (H, D)).mT`.
+        active: bool `(B, T, H)`, or what `dispatch_heads` made of it.
+        bias: `(H, D)`, or None.
+        impl: "reference" (all heads, then zeros), "triton" (CUDA; not float64) or "auto".
+
+    Returns:
+        `(B, T, H, D)` in the dtype of `x`. Differentiable, deterministic.
+
+    Raises:
+        ValueError: If a shape, dtype or argument does not fit.
+
+    Cost:
+        `2 * (chosen pairs) * C * D` operations forward. Backward are two dense products, as of all heads: of rows gathered
+        by head they would not be faster.
+
+    When not to use:
+        When nearly all pairs are chosen: `torch.nn.functional.linear` has faster kernels.
+
+    Paper:
+        "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+    bias = bias if bias is None else bias.to(x.dtype)
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    chosen = active.active if isinstance(active, HeadDispatch) else active
+    if x.ndim != 3 or weight.ndim != 3 or weight.shape[1] != x.shape[2] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"x must be (B, T, C) and weight (H, C, D) of one dtype, got {tuple(x.shape)} {x.dtype} and {tuple(weight.shape)} {weight.dtype}"
+        )
+    if chosen.dtype != torch.bool or chosen.shape != (*x.shape[:2], weight.shape[0]):
+        raise ValueError(
+            f"active must be bool (B, T, H) = {(*x.shape[:2], weight.shape[0])}, got {chosen.dtype} of shape {tuple(chosen.shape)}"
+        )
+    if bias is not None and bias.shape != (weight.shape[0], weight.shape[2]):
+        raise ValueError(f"bias must be (H, D) = {(weight.shape[0], weight.shape[2])}, got {tuple(bias.shape)}")
+    if 0 in x.shape[:2]:
+        return x.new_zeros(*x.shape[:2], weight.shape[0], weight.shape[2])
+    with torch.autocast(device, enabled=False):
+        if _use_triton(impl, x, None):
+            from heedful.attention.head_routing import triton
+
+            dispatch = active if isinstance(active, HeadDispatch) else dispatch_heads(chosen)
+            flat = triton.routed_projection_op(x.flatten(0, 1), weight, bias, dispatch.active.flatten(0, 1), dispatch.rows, dispatch.before)
+            return flat.unflatten(0, x.shape[:2])
+        return reference.routed_projection(x, weight, bias, chosen)
+
+
+def _use_triton(impl: str, x: Tensor, value_dim: int | None) -> bool:
+    """Whether the kernels take the call.
+
+    Raises:
+        ValueError: If they were asked for by name and cannot.
+    """
+    if impl == "reference" or (impl == "auto" and not x.is_cuda):
+        return False
+    reason = None
+    dim = x.shape[-1]
+    if not _HAS_TRITON:
+        reason = "needs the package triton, which is not installed"
+    elif x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        reason = f"takes float32, bfloat16 and float16, not {x.dtype}"
+    elif value_dim is not None and (dim not in (16, 32, 64, 128, 256) or value_dim != dim):
+        reason = f"takes D = Dv = 16, 32, 64, 128 or 256, not D = {dim} and Dv = {value_dim}"
+    elif x.numel() // dim > _MOST_TOKENS:
+        reason = f"takes at most {_MOST_TOKENS} tokens and heads in a call"
+    elif not x.is_cuda:
+        from heedful.attention.head_routing import triton
+
+        if not triton.INTERPRETED:
+            reason = f"runs on CUDA devices, not on {x.device} (or set TRITON_INTERPRET=1 before triton is imported)"
+    if reason is not None and impl == "triton":
+        raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+    return reason is None
+
+
+def _check_attention(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None, attention_mask: Tensor | None,
+    scale: float | None, impl: str,
+) -> None:  # fmt: skip
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4 or not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating-point (B, H, T, D), got {tensor.dtype} of shape {tuple(tensor.shape)}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
+            )
+    batch, heads, length, dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    if key.shape[0] != batch or key.shape[3] != dim or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"key must be ({batch}, Hkv, Tk, {dim}) and value ({batch}, Hkv, Tk, Dv), got {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of key")
+    if causal and length > keys:
+        raise ValueError(f"query has {length} rows and key only {keys}: causal rows need their own keys; or set causal=False")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise ValueError(f"window must be an integer of at least 1, or None for no window, got {window!r}")
+    if window is not None and not causal:
+        raise ValueError("window is for causal attention: set causal=True or window=None")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape != (batch, keys)):
+        raise ValueError(
+            f"attention_mask must be bool (B, Tk) = ({batch}, {keys}), got {attention_mask.dtype} of shape {tuple(attention_mask.shape)}"
+        )
