@@ -489,6 +489,29 @@ def test_memory_grows_linearly_and_nothing_is_quadratic(monkeypatch):
     assert long.peak < 30 * 2**20
 
 
+@pytest.mark.parametrize(
+    ("queries", "keys", "padding", "sizes"),
+    [
+        (200, 200, None, {}),
+        (70, 333, [0, 60], {"block_size_q": 5, "block_size_k": 3, "num_sink_tokens": 0}),
+        (130, 300, [11, 200], {"block_size_q": 96, "sliding_window": 0}),
+    ],
+)
+def test_block_mask_for_flex_attention_is_exact(queries, keys, padding, sizes):
+    from torch.nn.attention.flex_attention import create_mask, flex_attention
+
+    query, key, value = tensors(batch=2, queries=queries, keys=keys)
+    attention_mask = None if padding is None else left_padding(2, keys, padding)
+    output, mask = hip_attention(query, key, value, attention_mask=attention_mask, return_mask=True, **SMALL | sizes)
+    block_mask = mask.to_block_mask()
+    assert torch.equal(create_mask(block_mask.mask_mod, 2, 4, queries, keys, device="cpu"), mask.dense())
+    covered = block_mask.to_dense().bool().repeat_interleave(64, 2).repeat_interleave(128, 3)[:, :, :queries, :keys]
+    assert not (mask.dense() & ~covered).any()
+    seen = mask.dense().any(-1)
+    flex = flex_attention(query, key, value, block_mask=block_mask, enable_gqa=True)
+    torch.testing.assert_close(flex[seen], output[seen], atol=1e-5, rtol=1e-5)
+
+
 def flops(tokens):
     query, key, value = tensors(heads=1, kv_heads=1, queries=tokens, dim=64)
     with FlopCounterMode(display=False) as counter:

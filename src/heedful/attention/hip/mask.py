@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 # Of the staged scan: rows of a query block, rows a mean is taken over, tokens of a chunk, tokens to scan (None: all).
 Stage = tuple[int, int, int, int | None]
@@ -125,6 +129,68 @@ class HiPMask:
         if self.attention_mask is not None:
             attended = attended & self.attention_mask[:, None, None]
         return attended
+
+    def to_block_mask(self) -> BlockMask:
+        """The choice as a mask for `torch.nn.attention.flex_attention`: an oracle to inspect, not a way to be fast.
+
+        Its query blocks are 64 rows and its key blocks 128 keys; which pairs of them are attended is exact, in its
+        `mask_mod`. It takes memory in the order of `B * Hq * (Tq / block_size_q) * (Tk / block_size_k)` bytes.
+
+        Example:
+            >>> import torch
+            >>> from torch.nn.attention.flex_attention import flex_attention
+            >>> from heedful.attention import hip_attention
+            >>> query, key, value = torch.randn(3, 1, 2, 500, 16)
+            >>> output, mask = hip_attention(query, key, value, top_k=64, sliding_window=64, return_mask=True)
+            >>> torch.allclose(flex_attention(query, key, value, block_mask=mask.to_block_mask()), output, atol=1e-5)
+            True
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        batch, heads, count, _ = self.blocks.shape
+        device = self.blocks.device
+        rows, shift = self.block_size_q, self.num_keys - self.num_queries
+        origin = self.first_slot + self.num_sink_tokens
+        window_start = self.window_starts().flatten(1)[:, : self.num_queries]  # (B, Tq)
+        real = self.attention_mask
+        table = torch.zeros(
+            batch, heads, count, -(-self.num_keys // self.block_size_k) + 1, dtype=torch.bool, device=device
+        )
+        blocks = self.blocks.long()
+        table.scatter_(-1, torch.where(blocks >= 0, blocks, table.shape[-1] - 1), True)
+        table[..., -1] = False
+
+        def mask_mod(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            token = kv - origin[b]
+            chosen = (token >= 0) & table[b, h, q // rows, token.clamp(min=0) // self.block_size_k]
+            sink = (token < 0) & (token >= -self.num_sink_tokens)
+            seen = ((kv >= window_start[b, q]) | sink | chosen) & (kv <= q + shift)
+            return seen if real is None else seen & real[b, kv]
+
+        # Pairs of blocks with anything to see: from the ends of the parts, some with nothing in them.
+        wide, tall = 128, 64
+        q_blocks, kv_blocks = -(-self.num_queries // tall), -(-self.num_keys // wide)
+        at = torch.arange(kv_blocks, device=device) * wide
+        row = torch.arange(q_blocks, device=device) * tall
+        last_row = (row + tall - 1).clamp(max=self.num_queries - 1)
+        in_window = (at + wide > window_start[:, row, None]) & (at <= last_row[:, None] + shift)  # (B, Nq, Nkv)
+        first = self.first_slot[:, None]
+        in_sinks = (at + wide > first) & (at < first + self.num_sink_tokens) & (self.num_sink_tokens > 0)
+        tokens = self.block_tokens()
+        seen = torch.zeros(batch, heads, count, kv_blocks + 1, dtype=torch.bool, device=device)
+        seen.scatter_(-1, torch.where(tokens < self.num_keys, tokens // wide, kv_blocks), True)
+        covered = (in_window | in_sinks[:, None])[:, None].expand(batch, heads, -1, -1).clone()
+        for offset in range(-(-tall // rows) + 1):
+            block = torch.minimum(row // rows + offset, last_row // rows)
+            covered |= seen[:, :, block, :-1]
+        order = (~covered).to(torch.uint8).sort(dim=-1, stable=True).indices.int()
+        return BlockMask.from_kv_blocks(
+            covered.sum(-1, dtype=torch.int32),
+            order,
+            BLOCK_SIZE=(tall, wide),
+            mask_mod=mask_mod,
+            seq_lengths=(self.num_queries, self.num_keys),
+        )
 
     def keys_read(self) -> Tensor:
         """Number of keys each row attends to, int64 `(B, Hq, Tq)`: the row sums of `dense`, without building it."""

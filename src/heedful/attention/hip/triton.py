@@ -9,8 +9,8 @@ of their key head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -1205,6 +1205,16 @@ def _launch_scan(
     return blocks
 
 
+def _run(op: Callable[..., Any], launch: Callable[..., Any], query: Tensor, *arguments: Any) -> Any:
+    """The registered operator while a graph is traced; else the launch itself, which is tens of microseconds faster."""
+    if torch.compiler.is_compiling():
+        return op(query, *arguments)
+    if not query.is_cuda:
+        return launch(query, *arguments)
+    with torch.cuda.device(query.device):
+        return launch(query, *arguments)
+
+
 choose_op = torch.library.custom_op("heedful::hip_choose", _launch_choose, mutates_args=())
 attend_op = torch.library.custom_op("heedful::hip_attend", _launch_attend, mutates_args=())
 refresh_op = torch.library.custom_op(
@@ -1315,22 +1325,22 @@ def choose_in_stages(
         blocks = torch.empty(shape, dtype=torch.int32, device=query.device)
     else:
         padded = attention_mask is not None
-        run = scan_op if torch.compiler.is_compiling() else _launch_scan
         flat = [0 if number is None else number for stage in stages for number in stage]
-        with torch.cuda.device_of(query):
-            blocks = run(
-                query,
-                key,
-                attention_mask,
-                plan.first_slot if padded else None,
-                plan.real_end if padded else None,
-                flat,
-                top_k,
-                nodes,
-                window,
-                num_sink_tokens,
-                head_group_size,
-            )
+        blocks = _run(
+            scan_op,
+            _launch_scan,
+            query,
+            key,
+            attention_mask,
+            plan.first_slot if padded else None,
+            plan.real_end if padded else None,
+            flat,
+            top_k,
+            nodes,
+            window,
+            num_sink_tokens,
+            head_group_size,
+        )
     return HiPMask(
         blocks,
         plan.search_end,
@@ -1367,24 +1377,24 @@ def choose(
         blocks = torch.empty(shape, dtype=torch.int32, device=query.device)
     else:
         padded = attention_mask is not None
-        run = choose_op if torch.compiler.is_compiling() else _launch_choose
-        with torch.cuda.device_of(query):
-            blocks = run(
-                query,
-                key,
-                attention_mask,
-                plan.first_slot if padded else None,
-                plan.real_end if padded else None,
-                nodes,
-                plan.rows,
-                block_stride_q,
-                block_size_k,
-                block_stride_k,
-                plan.window,
-                num_sink_tokens,
-                head_group_size,
-                _PLACES[sample_method],
-            )
+        blocks = _run(
+            choose_op,
+            _launch_choose,
+            query,
+            key,
+            attention_mask,
+            plan.first_slot if padded else None,
+            plan.real_end if padded else None,
+            nodes,
+            plan.rows,
+            block_stride_q,
+            block_size_k,
+            block_stride_k,
+            plan.window,
+            num_sink_tokens,
+            head_group_size,
+            _PLACES[sample_method],
+        )
         blocks = blocks.repeat_interleave(head_group_size, 1) if head_group_size > 1 else blocks
     return HiPMask(
         blocks,
@@ -1410,25 +1420,25 @@ def attend(
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`reference.attend`, forward only."""
-    run = attend_op if torch.compiler.is_compiling() else _launch_attend
-    with torch.cuda.device_of(query):
-        return run(
-            query,
-            key,
-            value,
-            mask.blocks,
-            mask.search_end,
-            mask.attention_mask,
-            None if mask.attention_mask is None else mask.first_slot,
-            sink_logits,
-            float(scale),
-            softcap or 0.0,
-            mask.block_size_q,
-            mask.block_size_k,
-            mask.sliding_window,
-            mask.num_sink_tokens,
-            mask.chosen_at is not None,
-        )
+    return _run(
+        attend_op,
+        _launch_attend,
+        query,
+        key,
+        value,
+        mask.blocks,
+        mask.search_end,
+        mask.attention_mask,
+        None if mask.attention_mask is None else mask.first_slot,
+        sink_logits,
+        float(scale),
+        softcap or 0.0,
+        mask.block_size_q,
+        mask.block_size_k,
+        mask.sliding_window,
+        mask.num_sink_tokens,
+        mask.chosen_at is not None,
+    )
 
 
 def decode(
@@ -1444,35 +1454,36 @@ def decode(
     sink_logits: Tensor | None,
 ) -> Tensor:
     """One decode step: refresh where due, then attention to the choice."""
-    compiling = torch.compiler.is_compiling()
-    renew, run = (refresh_op, decode_op) if compiling else (_launch_refresh, _launch_decode)
     sizes = (state.block_size_k, state.block_stride_k, state.sliding_window, state.num_sink_tokens)
     reach = min(state.sliding_window + refresh_interval - 1, key.shape[2])
-    with torch.cuda.device_of(query):
-        renew(
-            query,
-            key,
-            lengths,
-            first_real,
-            state.blocks,
-            state.chosen_at,
-            state.refreshes,
-            refresh_interval,
-            *sizes,
-        )
-        return run(
-            query,
-            key,
-            value,
-            lengths,
-            first_real,
-            state.blocks,
-            state.chosen_at,
-            sink_logits,
-            float(scale),
-            softcap or 0.0,
-            reach,
-            state.block_size_k,
-            state.sliding_window,
-            state.num_sink_tokens,
-        )
+    _run(
+        refresh_op,
+        _launch_refresh,
+        query,
+        key,
+        lengths,
+        first_real,
+        state.blocks,
+        state.chosen_at,
+        state.refreshes,
+        refresh_interval,
+        *sizes,
+    )
+    return _run(
+        decode_op,
+        _launch_decode,
+        query,
+        key,
+        value,
+        lengths,
+        first_real,
+        state.blocks,
+        state.chosen_at,
+        sink_logits,
+        float(scale),
+        softcap or 0.0,
+        reach,
+        state.block_size_k,
+        state.sliding_window,
+        state.num_sink_tokens,
+    )
