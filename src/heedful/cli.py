@@ -412,20 +412,33 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Rows of a step, over all 
 LengthOption = Annotated[int, typer.Option(min=8, help="Tokens of a row.")]
 RateOption = Annotated[float, typer.Option(help="Highest learning rate.")]
 SeedOption = Annotated[int, typer.Option(help="Of rows and weights.")]
+StageLengthOption = Annotated[int | None, typer.Option(min=8, help="Tokens of a row. Default: the stage's.")]
+StageRateOption = Annotated[float | None, typer.Option(help="Highest learning rate. Default: the stage's.")]
+BeginOption = Annotated[
+    Path | None, typer.Option("--drafter", help="Folder of a drafter to go on from: stage 2 needs stage 1's.")
+]
 ResumeOption = Annotated[bool, typer.Option(help="Go on from the folder's checkpoint.")]
 
 
-def _train(name: str, model: str, data: Path, out: Path, **options: Any) -> None:
+def _train(name: str, model: str, data: Path, out: Path, begin: Path | None = None, **options: Any) -> None:
     if not data.is_file():
         raise BadInput(f"no training text {data}: give a .txt or .jsonl file")
     if out.exists() and not out.is_dir():
         raise BadInput(f"cannot write {out}: it is a file")
-    from heedful import training
+    if options.get("stage") == 2 and begin is None:
+        raise BadInput("--stage 2 goes on from the drafter of stage 1: give its folder as --drafter")
+    if begin is not None:
+        _, kind = _trained(str(begin), model)
+        if kind != name:
+            raise BadInput(f"{begin} holds a {kind} drafter, not a {name} one")
+    from heedful import decoding, training
 
     loaded, tokenizer = _load(model)
     loaded.float()
+    if begin is not None:
+        options["drafter"] = getattr(decoding, TRAINED[name]).from_pretrained(begin)
     try:
-        getattr(training, f"train_{name}")(loaded, tokenizer, data, out, **options)
+        getattr(training, f"train_{name.replace('-', '_')}")(loaded, tokenizer, data, out, **options)
     except ValueError as error:
         raise BadInput(_first_line(error)) from error
     typer.echo(f"written to {out}")
@@ -434,12 +447,13 @@ def _train(name: str, model: str, data: Path, out: Path, **options: Any) -> None
 @train_app.command("medusa")
 def train_medusa(
     data: DataOption, out: OutOption, model: ModelOption = DEFAULT_MODEL, steps: StepsOption = 1000, batch_size: BatchOption = 16,
-    length: LengthOption = 512, lr: RateOption = 1e-3, seed: SeedOption = 0, resume: ResumeOption = True,
+    length: LengthOption = 512, lr: StageRateOption = None, seed: SeedOption = 0, resume: ResumeOption = True,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads, each a token further ahead.")] = 4,
     stage: Annotated[int, typer.Option(min=1, max=2, help="1: heads alone; 2: with the model (its output changes).")] = 1,
+    begin: BeginOption = None,
 ) -> None:  # fmt: skip
-    """Train Medusa heads on a frozen model, and calibrate their tree."""
-    _train("medusa", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
+    """Train Medusa heads on a frozen model (stage 1) or together with it (stage 2), and calibrate their tree."""
+    _train("medusa", model, data, out, begin, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
            num_heads=num_heads, stage=stage)  # fmt: skip
 
 
@@ -450,19 +464,20 @@ def train_hidden_transfer(
     num_transfer_steps: Annotated[int, typer.Option(min=1, help="Tokens ahead.")] = 3,
 ) -> None:  # fmt: skip
     """Train Hidden Transfer's maps on a frozen model, and calibrate their tree."""
-    _train("hidden_transfer", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
+    _train("hidden-transfer", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
            num_transfer_steps=num_transfer_steps)  # fmt: skip
 
 
 @train_app.command("longspec")
 def train_longspec(
     data: DataOption, out: OutOption, model: ModelOption = DEFAULT_MODEL, steps: StepsOption = 1000, batch_size: BatchOption = 16,
-    length: LengthOption = 1024, lr: RateOption = 5e-4, seed: SeedOption = 0, resume: ResumeOption = True,
+    length: StageLengthOption = None, lr: StageRateOption = None, seed: SeedOption = 0, resume: ResumeOption = True,
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: short texts, positions moved; 2: long ones.")] = 1,
+    begin: BeginOption = None,
 ) -> None:  # fmt: skip
-    """Train LongSpec's draft block on a frozen model (its first stage)."""
-    _train(
-        "longspec", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume
-    )
+    """Train LongSpec's draft block on a frozen model: on short texts (stage 1), then on long ones (stage 2)."""
+    _train("longspec", model, data, out, begin, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
+           stage=stage)  # fmt: skip
 
 
 @app.command()

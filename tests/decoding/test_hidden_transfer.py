@@ -6,7 +6,10 @@ from tiny_models import build, inputs
 from transformers import DynamicCache
 
 import heedful
-from heedful.decoding import Drafter, HiddenTransfer, PromptLookup, Sequence
+from heedful.decoding import Drafter, HiddenTransfer, PromptLookup, Sequence, hidden_transfer
+from heedful.decoding.cache import TreeCache
+from heedful.decoding.masks import MaskBuilder
+from heedful.decoding.tree import VerifiedTree, topology
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 FAMILIES = ("llama", "mistral", "gemma2", "gemma3_text", "qwen3")
@@ -52,6 +55,51 @@ def test_real_rows_never_see_pseudo_rows_and_training_is_inference(name):
         assert torch.allclose(a.keys, b.keys[:, :, : a.keys.shape[2]], atol=1e-12)
     assert torch.allclose(drafter._pseudo[:, :, 0], trained[:, :, 6], atol=1e-5)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["anchor", "previous"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
+def test_a_node_of_a_tree_spawns_what_its_path_alone_would(name, source):
+    model = build(name, dtype=torch.float64)
+    last = model.config.num_hidden_layers
+    drafter = scrambled(model, transfer_layers=[0, 1, last], source=source)
+    ids = inputs(model, batch=1, length=9)["input_ids"]
+    tree = VerifiedTree([11, 12, 13, 14, 15, 16], topology((-1, 0, 0, 1, 2, 4)))
+    cache = TreeCache(model, None)
+    model(ids, past_key_values=cache, use_cache=True)
+    masks = MaskBuilder(model.config, None, torch.float64, ids.device, None)
+    with drafter.joining(model):
+        model(
+            torch.tensor([tree.tokens]), past_key_values=cache, use_cache=True,
+            attention_mask=masks.build([tree], [9], 9, 6), position_ids=9 + tree.shape.depth_tensor[None],
+        )  # fmt: skip
+    found = drafter._pseudo
+    for node in range(6):
+        path = [node]
+        while path[0]:
+            path.insert(0, tree.shape.parents[path[0]])
+        line = torch.cat([ids, torch.tensor([[tree.tokens[n] for n in path]])], dim=1)
+        expected, _ = drafter.pseudo_states(model, line)
+        assert torch.allclose(found[0, :, node], expected[0, :, -1], atol=1e-5)
+
+
+@torch.no_grad()
+def test_blocks_of_anchors_change_nothing(monkeypatch):
+    model = build("mistral", dtype=torch.float64)
+    drafter = scrambled(model, transfer_layers=[0, 1, 1])
+    ids = inputs(model, batch=2, length=23)["input_ids"]
+    whole, _ = drafter.pseudo_states(model, ids)
+    monkeypatch.setattr(hidden_transfer, "_BLOCK", 5)
+    assert torch.allclose(drafter.pseudo_states(model, ids)[0], whole, atol=1e-12)
+    with torch.enable_grad():  # recomputed in the backward pass
+        drafter.loss(model.requires_grad_(False), ids)[0].backward()
+    in_blocks = [p.grad.clone() for p in drafter.parameters()]
+    monkeypatch.setattr(hidden_transfer, "_BLOCK", 128)
+    drafter.zero_grad()
+    with torch.enable_grad():
+        drafter.loss(model, ids)[0].backward()
+    assert all(torch.allclose(a, p.grad, atol=1e-10) for a, p in zip(in_blocks, drafter.parameters(), strict=True))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 import heedful
 from heedful.decoding import LongSpec
-from heedful.decoding.longspec import _State
+from heedful.decoding.longspec import _State, _windowed
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -97,6 +97,15 @@ def test_the_first_level_is_the_training_forward_and_a_chain_is_greedy():
     chain, parents = draft(drafter, 0)
     assert chain[0, 1] == expected[0]
     assert parents[0].tolist() == [-1, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 12, 13, 29])
+def test_windows_in_blocks_are_the_dense_windows(length):
+    query, keys, values = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    at = torch.arange(length)
+    near = (at[None] <= at[:, None]) & (at[None] >= at[:, None] - 6)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, near, enable_gqa=True)
+    assert torch.allclose(_windowed(query, keys, values, 6), expected, atol=1e-12)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from tiny_models import build, inputs
 import heedful
 from heedful.decoding import Medusa
 from heedful.decoding.medusa import MC_SIM_7B_63
-from heedful.decoding.trained import RankTree, best_tree, expected_length, output_weight
+from heedful.decoding.trained import RankTree, best_tree, expected_length, output_weight, rank_accuracies
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -123,9 +123,35 @@ def test_labels_that_are_left_out_give_no_gradient():
 
 def test_tokens_a_step_is_one_and_the_nodes_acceptance():
     model = build("llama", dtype=torch.float64)
-    given = inputs(model, batch=1)
-    stats = heedful.generate(model, drafter=Medusa.for_model(model), **given, **GREEDY).stats
-    assert stats.tokens_per_step == pytest.approx(sum(stats.accepted[0]) / stats.steps)
+
+    class Counting(Medusa):
+        def update(self, trees, outputs, paths, new_roots):
+            self.steps += 1
+            for node in paths[0][1:]:
+                self.accepted[node] += 1
+            super().update(trees, outputs, paths, new_roots)
+
+    drafter = Counting.for_model(model)  # untrained heads repeat the model's own next token: some of that comes true
+    drafter.steps, drafter.accepted = 0, [0] * len(drafter.tree)
+    entries = []
+    for seed in range(4):
+        stats = heedful.generate(model, drafter=drafter, **inputs(model, batch=1, seed=seed), **GREEDY).stats
+        entries += stats.accepted[0]
+    assert 0 < sum(drafter.accepted)
+    assert sum(count > 0 for count in drafter.accepted) > 1
+    frequencies = sum(count / drafter.steps for count in drafter.accepted)
+    assert sum(entries) / len(entries) == pytest.approx(1 + frequencies, abs=1e-12)
+
+
+def test_a_row_drafts_alone_as_in_a_batch():
+    model = build("llama", dtype=torch.float64)
+    given = inputs(model, batch=3, length=11, padding="left")
+    drafter = scrambled(model)
+    together = heedful.generate(model, drafter=drafter, **given, **GREEDY).stats.accepted
+    for row in range(3):
+        skip = int((given["attention_mask"][row] == 0).sum())
+        alone = heedful.generate(model, given["input_ids"][row : row + 1, skip:], drafter, **GREEDY).stats.accepted
+        assert alone[0] == together[row]
 
 
 def test_save_and_load(tmp_path):
@@ -160,6 +186,35 @@ def test_published_checkpoints(tmp_path, kind):
         Medusa.from_checkpoint(tmp_path / "none", model)
     with pytest.raises(ValueError, match="needs"):
         Medusa.from_checkpoint(file, build("llama", hidden_size=48))
+
+
+class Harmful:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return (pytest.fail, ("a checkpoint ran code",))
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path):
+    file = tmp_path / "medusa_lm_head.pt"
+    torch.save({"0.0.linear.weight": torch.zeros(2, 2), "extra": Harmful()}, file)
+    with pytest.raises(ValueError, match="holds more than tensors"):
+        Medusa.from_checkpoint(file, build("llama"))
+
+
+@torch.no_grad()
+def test_accuracies_of_the_models_own_tokens_alone():
+    """Behind a prompt that the model would not have written, what is drafted inside it says nothing."""
+    candidates = torch.zeros(2, 12, 2, 1, dtype=torch.long)
+    choices = torch.zeros(2, 12, dtype=torch.long)
+    choices[:, :5] = 7  # inside the prompt the model goes on otherwise
+    whole, _ = rank_accuracies(candidates, choices)
+    behind, hits = rank_accuracies(candidates, choices, prompt=6)
+    assert whole[0][0] < 1.0
+    assert behind == [[1.0], [1.0]]
+    assert hits.shape[1] == 12 - 2 - 5
+    with pytest.raises(ValueError, match="nothing to measure"):
+        rank_accuracies(candidates, choices, prompt=12)
 
 
 def test_the_zoos_heads():

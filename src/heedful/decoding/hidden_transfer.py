@@ -15,7 +15,15 @@ from transformers import DynamicCache, PreTrainedModel
 from heedful.decoding.drafter import DraftingOutputs
 from heedful.decoding.medusa import MC_SIM_7B_63
 from heedful.decoding.support import model_device
-from heedful.decoding.trained import RankPaths, RankTree, TrainedDrafter, best_tree, output_weight, rank_accuracies
+from heedful.decoding.trained import (
+    RankPaths,
+    RankTree,
+    TrainedDrafter,
+    best_tree,
+    mean_where,
+    output_weight,
+    rank_accuracies,
+)
 from heedful.decoding.tree import DraftTree
 from heedful.seam import AttentionCall, Kernel, Verification, attach
 
@@ -205,30 +213,34 @@ class HiddenTransfer(TrainedDrafter):
 
     # Training -------------------------------------------------------------------------------------------------------------
 
-    def loss(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: PreTrainedModel, input_ids: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Divergence of each step's distribution from the model's own, given the true tokens (or, with ``hard_labels``,
         cross-entropy of the text); summed over the steps."""
         pseudo, hidden = self.pseudo_states(model, input_ids)
         head, norm = output_weight(model).detach(), model.get_decoder().norm
         total: Tensor = hidden.new_zeros((), dtype=torch.float32)
         figures: dict[str, Tensor] = {}
+        labels = input_ids if labels is None else labels
         with torch.no_grad():
             teacher = F.linear(hidden, head)
         for step in range(1, self.num_transfer_steps + 1):
             logits = F.linear(norm(pseudo[:, step - 1, : -step - 1]), head).float()
-            wanted = teacher[:, step:-1].float()
+            wanted, learnt = teacher[:, step:-1].float(), labels[:, step + 1 :]
             if self.hard_labels:
-                loss = F.cross_entropy(logits.flatten(0, 1), input_ids[:, step + 1 :].flatten())
+                losses = F.cross_entropy(logits.transpose(1, 2), learnt, reduction="none")
             else:
-                loss = (
-                    F.kl_div(logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none")
-                    .sum(-1)
-                    .mean()
-                )
+                losses = F.kl_div(
+                    logits.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="none"
+                ).sum(-1)
+            loss = mean_where(losses, learnt)
             total = total + loss
             with torch.no_grad():
                 figures[f"step_{step}_loss"] = loss.detach()
-                figures[f"step_{step}_agreement"] = (logits.argmax(-1) == wanted.argmax(-1)).float().mean()
+                figures[f"step_{step}_agreement"] = mean_where(
+                    (logits.argmax(-1) == wanted.argmax(-1)).float(), learnt
+                )
         return total, figures
 
     def pseudo_states(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from heedful.attention import tree_attention
 from heedful.decoding.device_walk import ancestors_of
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
 from heedful.decoding.support import model_device
-from heedful.decoding.trained import TrainedDrafter, output_weight
+from heedful.decoding.trained import TrainedDrafter, mean_where, output_weight
 from heedful.decoding.tree import DraftTree
 
 #: The longest text for which training moves positions apart, and how far.
@@ -173,7 +173,9 @@ class LongSpec(TrainedDrafter):
 
     # Training -------------------------------------------------------------------------------------------------------------
 
-    def loss(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: PreTrainedModel, input_ids: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of the text's next tokens, with a random lag of the target's cache and moved positions (module text).
 
         A query at i sees the target's keys 0..i - lag, lag drawn from 1 to 4; the first ``lag`` queries see none. For texts
@@ -183,10 +185,10 @@ class LongSpec(TrainedDrafter):
         lag = int(torch.randint(1, self.most_lag + 1, ()))
         positions = self.anchored_positions(model, input_ids.shape[1]).to(input_ids.device)
         logits = self.logits(model, input_ids, lag, positions.expand_as(input_ids))[:, :-1].float()
-        wanted = input_ids[:, 1:]
-        loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
+        wanted = (input_ids if labels is None else labels)[:, 1:]
+        loss = mean_where(F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none"), wanted)
         with torch.no_grad():
-            accuracy = (logits.argmax(-1) == wanted).float().mean()
+            accuracy = mean_where((logits.argmax(-1) == wanted).float(), wanted)
         return loss, {"accuracy": accuracy}
 
     def anchored_positions(self, model: PreTrainedModel, length: int) -> Tensor:

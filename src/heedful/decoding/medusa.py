@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -159,11 +160,13 @@ class Medusa(TrainedDrafter):
         vocabulary = self.target.config.get_text_config(decoder=True).vocab_size
         return logits[..., :vocabulary].topk(min(self.tree.ranks, vocabulary), dim=-1).indices
 
-    def loss(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: PreTrainedModel, input_ids: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy of head k at t with the text's token t + k + 1, weighted by ``weighting``; the model is frozen."""
         with torch.no_grad():
             hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.head_loss(hidden, input_ids, output_weight(model).detach())
+        return self.head_loss(hidden, input_ids, output_weight(model).detach(), labels)
 
     def head_loss(
         self, hidden: Tensor, input_ids: Tensor, lm_head: Tensor, labels: Tensor | None = None
@@ -272,7 +275,7 @@ class Medusa(TrainedDrafter):
             **options: as for the constructor, ``tree`` for instance.
 
         Raises:
-            ValueError: there is no such file, or its keys and sizes are not those of Medusa heads for this model.
+            ValueError: there is no such file, it holds more than tensors, or its keys and sizes are not those of Medusa heads for this model.
         """
         path = Path(path)
         files = [path] if path.is_file() else [path / f"medusa_lm_head.{kind}" for kind in ("safetensors", "pt")]
@@ -284,7 +287,12 @@ class Medusa(TrainedDrafter):
 
             state = load_file(str(file))
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                raise ValueError(
+                    f"{file} holds more than tensors, or none: only weights are read, so save the heads' state dict alone"
+                ) from None
         state = {key.removeprefix("medusa_head."): value for key, value in state.items()}
         try:
             places = sorted({tuple(map(int, key.split(".")[:2])) for key in state})

@@ -25,7 +25,9 @@ class TrainedDrafter(nn.Module, Drafter, PyTorchModelHubMixin):
     the target model is never a sub-module, so none of its weights are saved or trained by accident).
     """
 
-    #: The constructor's arguments that must fit the model: name -> what the model has.
+    #: Share of the training that is done, which the loop sets before every step: for losses with a schedule.
+    trained_share: float = 1.0
+
     def sizes(self, model: PreTrainedModel) -> dict[str, int]:
         """What of this drafter has to fit a model: argument names and the model's own values."""
         text = model.config.get_text_config(decoder=True)
@@ -53,16 +55,25 @@ class TrainedDrafter(nn.Module, Drafter, PyTorchModelHubMixin):
         return self._target[0]
 
     @abstractmethod
-    def loss(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: PreTrainedModel, input_ids: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss on rows of text.
 
         Args:
             model: the target model; frozen unless the recipe says otherwise.
             input_ids: ``(B, T)``, packed rows without padding.
+            labels: ``input_ids`` with -100 where a token is not to be learnt (a prompt); None: all are.
 
         Returns:
             The scalar loss, and figures to log (detached scalars: losses and accuracies by step ahead).
         """
+
+
+def mean_where(values: Tensor, labels: Tensor) -> Tensor:
+    """The mean of ``values`` where ``labels`` are not -100; 0 where none is."""
+    counted = labels != -100
+    return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
 
 
 def output_weight(model: PreTrainedModel) -> Tensor:

@@ -22,11 +22,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from heedful.decoding.trained import TrainedDrafter
 
 
+#: A document in pieces, each with whether a drafter learns from it.
+Pieces = list[tuple[str, bool]]
+
+
 def read_documents(data: str | Path) -> list[str]:
+    """The documents of a ``.txt`` file (one) or a ``.jsonl`` file (one a line), as text: see `read_pieces`."""
+    return ["".join(text for text, _ in pieces) for pieces in read_pieces(data)]
+
+
+def read_pieces(data: str | Path) -> list[Pieces]:
     """The documents of a ``.txt`` file (one) or a ``.jsonl`` file (one a line).
 
     A line may have ``text``, or ``question`` and ``answer``, or ``turns``, or ``messages`` / ``conversations`` (a list of
-    ``{content}`` or ``{value}``).
+    ``{content}`` or ``{value}``), or ``prompt`` and ``answer``, of which only the answer is learnt from (`self_distill`
+    writes these).
 
     Raises:
         ValueError: there is no such file, it is empty, or a line has none of these.
@@ -36,30 +46,35 @@ def read_documents(data: str | Path) -> list[str]:
         raise ValueError(f"no training text {path}: give a .txt or .jsonl file")
     text = path.read_text(encoding="utf-8")
     if path.suffix != ".jsonl":
-        documents = [text]
+        documents: list[Pieces] = [[(text, True)]]
     else:
         documents = [
             _document(line, f"{path}, line {n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()
         ]
-    documents = [document for document in documents if document.strip()]
+    documents = [pieces for pieces in documents if any(learnt and text.strip() for text, learnt in pieces)]
     if not documents:
         raise ValueError(f"{path} holds no text")
     return documents
 
 
-def _document(line: str, where: str) -> str:
+def _document(line: str, where: str) -> Pieces:
     try:
         item = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     if isinstance(item.get("text"), str):
-        return item["text"]
+        return [(item["text"], True)]
+    if isinstance(item.get("prompt"), str) and isinstance(item.get("answer"), str):
+        return [(item["prompt"], False), (item["answer"], True)]
     if "question" in item and "answer" in item:
-        return f"Question: {item['question']}\nAnswer: {item['answer']}\n"
+        return [(f"Question: {item['question']}\nAnswer: {item['answer']}\n", True)]
     turns = item.get("turns") or item.get("messages") or item.get("conversations")
     if isinstance(turns, list) and turns:
-        return "\n".join(t if isinstance(t, str) else str(t.get("content", t.get("value", ""))) for t in turns)
-    raise ValueError(f"{where}: no 'text', 'question' and 'answer', 'turns', 'messages' or 'conversations'")
+        said = "\n".join(t if isinstance(t, str) else str(t.get("content", t.get("value", ""))) for t in turns)
+        return [(said, True)]
+    raise ValueError(
+        f"{where}: no 'text', 'question' and 'answer', 'prompt' and 'answer', 'turns', 'messages' or 'conversations'"
+    )
 
 
 class PackedRows:
@@ -68,14 +83,22 @@ class PackedRows:
     A row is a pure function of ``(seed, step, place in the batch)``: a resumed run, or one on more processes, reads the same.
     """
 
-    def __init__(self, documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> None:
+    def __init__(
+        self, documents: Iterable[str | Pieces], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+    ) -> None:
         eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         stream: list[int] = []
+        learnt: list[bool] = []
         for document in documents:
-            ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-            stream += [*cast(list[int], ids), *([] if eos is None else [eos])]
+            for text, counts in [(document, True)] if isinstance(document, str) else document:
+                ids = cast(list[int], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+                stream += ids
+                learnt += [counts] * len(ids)
+            if eos is not None:
+                stream.append(eos)
+                learnt.append(True)
         self.first = [] if bos is None else [bos]
-        self.stream = np.array(stream, dtype=np.int64)
+        self.stream, self.learnt = np.array(stream, dtype=np.int64), np.array(learnt, dtype=bool)
         self.size = length - len(self.first)
         self.seed = seed
         if len(self.stream) <= self.size:
@@ -84,11 +107,18 @@ class PackedRows:
             )
 
     def batch(self, step: int, places: Iterable[int]) -> Tensor:
-        rows = []
+        """Token ids ``(places, length)``."""
+        return self.with_labels(step, places)[0]
+
+    def with_labels(self, step: int, places: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Token ids ``(places, length)``, and the same with -100 where nothing is to be learnt."""
+        rows, labels = [], []
         for place in places:
             start = int(np.random.default_rng([self.seed, step, place]).integers(len(self.stream) - self.size))
-            rows.append([*self.first, *self.stream[start : start + self.size].tolist()])
-        return torch.tensor(rows)
+            there = slice(start, start + self.size)
+            rows.append([*self.first, *self.stream[there].tolist()])
+            labels.append([*self.first, *np.where(self.learnt[there], self.stream[there], -100).tolist()])
+        return torch.tensor(rows), torch.tensor(labels)
 
 
 class _Objective(nn.Module):
@@ -100,8 +130,8 @@ class _Objective(nn.Module):
         self.joint = model if joint else None
         self.frozen = (model,)
 
-    def forward(self, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.drafter.loss(self.frozen[0], input_ids)
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.drafter.loss(self.frozen[0], input_ids, labels)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -168,13 +198,15 @@ def train_drafter(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     out, work = Path(out), Path(out) / "training"
-    rows = PackedRows(read_documents(data), tokenizer, length, seed)
+    rows = PackedRows(read_pieces(data), tokenizer, length, seed)
     if accelerator.is_main_process:
         work.mkdir(parents=True, exist_ok=True)
     trained = {id(p) for group in joint_groups or [] for p in group["params"]}
     if not joint_groups:
         model.requires_grad_(False)
-    drafter.to(device=accelerator.device if model.device.type != "cpu" else "cpu", dtype=torch.float32).train()
+    if model.device.type != "cpu":  # each process has its own device
+        model.to(accelerator.device)  # type: ignore[arg-type]
+    drafter.to(device=model.device, dtype=torch.float32).train()
     groups: list[dict[str, Any]] = [{"params": [p for p in drafter.parameters() if p.requires_grad], "lr": lr}]
     groups += joint_groups or []
     optimiser = torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay)
@@ -183,7 +215,9 @@ def train_drafter(
     device_placement = model.device.type != "cpu"
     objective, optimiser = accelerator.prepare(objective, optimiser, device_placement=[device_placement] * 2)
 
-    mark = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, "drafter": type(drafter).__name__}
+    mark = {
+        "steps": steps, "batch_size": batch_size, "length": length, "seed": seed, "lr": lr, "drafter": type(drafter).__name__,
+    }  # fmt: skip
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     checkpoint = work / "checkpoint.pt"
     done = 0
@@ -196,6 +230,8 @@ def train_drafter(
                 parameter.copy_(value)
         optimiser.load_state_dict(state["optimiser"])
         done = state["step"]
+    if accelerator.is_main_process:
+        _cut_log(work / "log.jsonl", done)
 
     def save_checkpoint(step: int) -> None:
         if accelerator.is_main_process:
@@ -207,7 +243,7 @@ def train_drafter(
         accelerator.wait_for_everyone()
 
     places = range(accelerator.process_index, batch_size, accelerator.num_processes)
-    began, reported = time.perf_counter(), time.perf_counter()
+    began = time.perf_counter()
     with _bar(steps, done, progress and accelerator.is_main_process) as bar:
         for step in range(done, steps):
             for group, rate in zip(optimiser.param_groups, base, strict=True):
@@ -215,9 +251,10 @@ def train_drafter(
             torch.manual_seed(
                 1_000_003 * seed + step
             )  # noise of the loss: the same in every process, and after a resume
-            batch = rows.batch(step, places).to(drafter_device(drafter))
+            batch, labels = (x.to(drafter_device(drafter)) for x in rows.with_labels(step, places))
+            drafter.trained_share = step / steps
             with accelerator.autocast():
-                loss, figures = objective(batch)
+                loss, figures = objective(batch, labels)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, clip)
             optimiser.step()
@@ -236,19 +273,31 @@ def train_drafter(
                     entry["tokens_per_second"] = batch_size * length * (step + 1 - done) / (now - began)
                     with (work / "log.jsonl").open("a") as log:
                         log.write(json.dumps(entry) + "\n")
-                    reported = now
             bar.update(1)
             if (step + 1) % checkpoint_every == 0 or step + 1 == stop_after:
                 save_checkpoint(step + 1)
             if step + 1 == stop_after:
                 return out
-    del reported
     drafter.eval()
     if accelerator.is_main_process:
         drafter.save_pretrained(out)
         checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return out
+
+
+def _cut_log(file: Path, done: int) -> None:
+    """Leaves the entries of the steps that are done: those behind the checkpoint will be taken again."""
+    if file.exists():
+        entries = [line for line in file.read_text().splitlines() if json.loads(line)["step"] < done]
+        file.write_text("".join(f"{line}\n" for line in entries))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes results (under ``accelerate launch`` there are several)."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
 
 
 def drafter_device(drafter: nn.Module) -> torch.device:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.decoding.hidden_transfer import HiddenTransfer
-from heedful.training.drafting import PackedRows, own_text, read_documents, train_drafter
+from heedful.training.drafting import PackedRows, is_main_process, own_text, read_documents, train_drafter
 
 
 def train_hidden_transfer(
@@ -61,5 +61,6 @@ def train_hidden_transfer(
     if calibration_rows and "stop_after" not in options:
         rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
         drafter.calibrate(model, own_text(model, rows), max_nodes, prompt=64)
-        drafter.float().save_pretrained(out)
+        if is_main_process():
+            drafter.float().save_pretrained(out)
     return out

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from heedful.decoding.medusa import Medusa
-from heedful.decoding.trained import output_weight
-from heedful.training.drafting import PackedRows, own_text, read_documents, train_drafter
+from heedful.decoding.trained import mean_where
+from heedful.training.drafting import PackedRows, is_main_process, own_text, read_documents, train_drafter
 
 
 def train_medusa(
@@ -44,8 +45,8 @@ def train_medusa(
     """Trains Medusa heads, calibrates their tree on the model's own text, and writes the drafter's folder.
 
     Stage 1 (Medusa-1): the model is frozen; loss ``0.2 sum_k 0.8^k CE_k`` (or ``weighting="equal"``: the plain sum).
-    Stage 2 (Medusa-2): the model gets LoRA (r = 32, alpha = 16, dropout 0.05) on all its linear layers, the heads learn at four
-    times its rate, and the loss is ``L_LM + w(t) sum_k 0.8^k CE_k``; the merged model goes to ``out/model``. Begin it with the
+    Stage 2 (Medusa-2): the model gets LoRA (r = 32, alpha = 16, dropout 0.05) on all its linear layers and its output head
+    (unless that is tied to the embedding), the heads learn at four times its rate, and the loss is ``L_LM + w(t) sum_k 0.8^k CE_k``; the merged model goes to ``out/model``. Begin it with the
     heads of stage 1 (``drafter=``). Its output is that of the tuned model, not of the one it began with.
 
     Args:
@@ -90,7 +91,8 @@ def train_medusa(
     if calibration_rows and "stop_after" not in options:
         rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
         drafter.calibrate(tuned, own_text(tuned, rows), max_nodes, prompt=64)
-        drafter.float().save_pretrained(out)
+        if is_main_process():
+            drafter.float().save_pretrained(out)
     return out
 
 
@@ -99,24 +101,32 @@ class _Joint(Medusa):
 
     joint: Any
 
-    def loss(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, model: PreTrainedModel, input_ids: Tensor, labels: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         settings = self.joint
         output = model.get_base_model().get_decoder()(input_ids=input_ids, use_cache=False)  # type: ignore[operator]
         hidden = output.last_hidden_state
         head = settings["base"].get_output_embeddings()
         logits = head(hidden[:, :-1]).float()
+        wanted = (input_ids if labels is None else labels)[:, 1:]
         if settings["distill"]:
             with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
                 before = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-            own = F.kl_div(logits.log_softmax(-1), before, log_target=True, reduction="none").sum(-1).mean()
+            losses = F.kl_div(logits.log_softmax(-1), before, log_target=True, reduction="none").sum(-1)
         else:
-            own = F.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten())
+            losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none")
+        own = mean_where(losses, wanted)
         if settings["schedule"] == "sine":
-            share = min(1.0, settings["step"] / settings["steps"])
-            self.scale = settings["weight"] * math.sin(math.pi / 2 * share)
-            settings["step"] += 1
-        heads, figures = self.head_loss(hidden, input_ids, output_weight(settings["base"]))
+            self.scale = settings["weight"] * math.sin(math.pi / 2 * self.trained_share)
+        heads, figures = self.head_loss(hidden, input_ids, _output_weight(head), labels)
         return own + heads, {"model_loss": own.detach(), **figures}
+
+
+def _output_weight(head: Any) -> Tensor:
+    """The output head's weight as it will be when its LoRA, if it has one, is merged."""
+    weight = cast(Tensor, head.weight)
+    return weight + head.get_delta_weight("default") if hasattr(head, "get_delta_weight") else weight
 
 
 def _train_together(
@@ -125,13 +135,16 @@ def _train_together(
 ) -> PreTrainedModel:  # fmt: skip
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=32, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear")
+    linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    if cast(Any, model.get_output_embeddings()).weight is cast(Any, model.get_input_embeddings()).weight:
+        linear = [name for name in linear if model.get_submodule(name) is not model.get_output_embeddings()]
+    config = LoraConfig(r=32, lora_alpha=16, lora_dropout=0.05, target_modules=linear)
     adapted = get_peft_model(cast(Any, model), config)
     adapted.train()
     groups = [{"params": [p for p in adapted.parameters() if p.requires_grad], "lr": lr / 4}]
     plain = type(drafter)
     cast(Any, drafter).joint = {
-        "base": model, "distill": distill, "schedule": schedule, "weight": weight, "step": 0, "steps": common["steps"],
+        "base": model, "distill": distill, "schedule": schedule, "weight": weight,
     }  # fmt: skip
     drafter.__class__ = _Joint
     try:
@@ -140,7 +153,7 @@ def _train_together(
         drafter.__class__ = plain
         del cast(Any, drafter).joint
     merged = cast(PreTrainedModel, adapted.merge_and_unload()).eval()
-    if "stop_after" not in common:
+    if "stop_after" not in common and is_main_process():
         merged.save_pretrained(out / "model")
         tokenizer.save_pretrained(out / "model")
     return merged
@@ -155,7 +168,9 @@ def self_distill(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
 ) -> Path:
-    """Writes the model's own answers as JSON lines (``{"text": prompt + answer}``): the data that its heads should learn from.
+    """Writes the model's own answers as JSON lines (``prompt`` and ``answer``): the data that its heads should learn from.
+
+    Training on them counts the answers' tokens alone.
 
     Args:
         model, tokenizer: the target. prompts: seed prompts. out: the ``.jsonl`` file, written when all are done.
@@ -173,7 +188,8 @@ def self_distill(
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         result = generate(model, ids, drafter, max_new_tokens=max_new_tokens, **sampling)
-        lines.append(json.dumps({"text": tokenizer.decode(result.sequences[0], skip_special_tokens=True)}))
+        answer = tokenizer.decode(result.sequences[0, ids.shape[1] :], skip_special_tokens=True)
+        lines.append(json.dumps({"prompt": prompt, "answer": answer}))
     path = Path(out)
     path.with_suffix(".tmp").write_text("\n".join(lines) + "\n", encoding="utf-8")
     path.with_suffix(".tmp").replace(path)
