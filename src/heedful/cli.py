@@ -480,6 +480,21 @@ def train_longspec(
            stage=stage)  # fmt: skip
 
 
+@train_app.command("sinklora")
+def train_sinklora(
+    data: DataOption, out: OutOption, model: ModelOption = DEFAULT_MODEL, steps: StepsOption = 1000, batch_size: BatchOption = 64,
+    length: LengthOption = 16384, lr: RateOption = 2e-5, seed: SeedOption = 0, resume: ResumeOption = True,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 1,
+    group_size_ratio: Annotated[float, typer.Option(help="Share of a row that is a group; 1 for full attention.")] = 0.25,
+    shift_ratio: Annotated[float, typer.Option(help="Share of the heads that are shifted by half a group.")] = 0.25,
+    num_sink_tokens: Annotated[int, typer.Option(min=0, help="First tokens that all later ones see.")] = 4,
+) -> None:  # fmt: skip
+    """Extend a model's context: interpolated positions, LoRA with norms and embeddings, attention in groups."""
+    _train("sinklora", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
+           micro_batch_size=micro_batch_size, group_size_ratio=group_size_ratio, shift_ratio=shift_ratio,
+           num_sink_tokens=num_sink_tokens)  # fmt: skip
+
+
 @app.command()
 def reproduce(
     slug: Annotated[str, typer.Argument(help="A method: see `heedful list`.")],
