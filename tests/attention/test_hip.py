@@ -489,6 +489,162 @@ def test_memory_grows_linearly_and_nothing_is_quadratic(monkeypatch):
     assert long.peak < 30 * 2**20
 
 
+@pytest.mark.parametrize(("batch", "queries", "keys"), [(2, 0, 0), (2, 0, 9), (0, 7, 7)])
+@pytest.mark.parametrize("stages", [None, [(8, 1, 4, None)]])
+def test_empty_inputs_give_empty_outputs(batch, queries, keys, stages):
+    query, key, value = (x.requires_grad_() for x in tensors(batch=batch, queries=queries, keys=keys))
+    output, mask = hip_attention(query, key, value, return_mask=True, stages=stages)
+    assert output.shape == (batch, 4, queries, 20)
+    assert mask.dense().shape == (batch, 4, queries, keys)
+    assert mask.keys_read().shape == (batch, 4, queries)
+    output.sum().backward()
+    assert query.grad.shape == query.shape
+
+
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [1, 100, 199])
+def test_a_bad_number_stays_where_it_is_attended(which, bad, place):
+    inputs = dict(zip(("query", "key", "value"), tensors(batch=2, heads=2, kv_heads=1), strict=True))
+    clean = hip_attention(**inputs, **SMALL)
+    changed = {name: x.clone() for name, x in inputs.items()}
+    changed[which][1, 0, place] = bad
+    output, mask = hip_attention(**changed, return_mask=True, **SMALL)
+    assert torch.equal(output[0], clean[0])
+    block = place // 16 * 16
+    assert torch.equal(output[1, :, :block], clean[1, :, :block])
+    assert not output[1, 0, place].isfinite().all()
+    assert mask.blocks.min() >= -1
+    assert mask.blocks.max() < 100
+    # What nobody attends to may hold anything: keys of padding.
+    padded = {name: torch.cat([torch.full_like(x[:, :, :16], bad), x], 2) for name, x in inputs.items()}
+    padded["query"][:, :, :16] = 0
+    attention_mask = left_padding(2, 216, [16, 16])
+    assert torch.equal(hip_attention(**padded, attention_mask=attention_mask, **SMALL)[:, :, 16:], clean)
+    beyond = {name: torch.cat([x, torch.full_like(x[:, :, :16], bad)], 2) for name, x in inputs.items()}
+    attention_mask = torch.arange(216) < torch.tensor([[200], [200]])
+    torch.testing.assert_close(
+        hip_attention(**beyond, attention_mask=attention_mask, **SMALL)[:, :, :192], clean[:, :, :192]
+    )
+
+
+def test_heads_of_a_group_share_the_best_of_their_scores():
+    query, key, value = tensors(batch=2, heads=6, kv_heads=3)
+    _, mask = hip_attention(query, key, value, return_mask=True, head_group_size=2, **SMALL)
+    assert torch.equal(mask.blocks[:, 0::2], mask.blocks[:, 1::2])
+    _, oracle = hip_attention(query, key, value, return_mask=True, head_group_size=2, sample_method="oracle", **SMALL)
+    maxima = block_maxima(query, key, oracle, 2).unflatten(1, (3, 2)).amax(2)
+    best = maxima[:, :, -1].topk(16).indices.sort(-1).values
+    assert torch.equal(oracle.blocks[:, ::2, -1].long(), best)
+    _, own = hip_attention(query, key, value, return_mask=True, **SMALL)
+    assert not torch.equal(own.blocks[:, 0], own.blocks[:, 1])
+    _, everything = hip_attention(query, key, value, return_mask=True, head_group_size=6, **SMALL)
+    assert (everything.blocks == everything.blocks[:, :1]).all()
+
+
+def test_every_other_key_of_a_block_is_scored():
+    key = torch.tensor([5.0, 9.0, 2.0, 8.0, 3.0, 0.0, 6.0, 0.0, 0.0]).view(1, 1, 9, 1)
+    sizes = {"top_k": 4, "block_size_q": 1, "block_stride_q": 1, "sliding_window": 1, "num_sink_tokens": 0}
+    choose = lambda stride: hip_attention(  # noqa: E731
+        torch.ones(1, 1, 1, 1), key, key, return_mask=True, block_stride_k=stride, **sizes
+    )[1].blocks.flatten()
+    assert choose(1).tolist() == [0, 1]
+    assert choose(2).tolist() == [0, 3]
+
+
+def scan(means, key, left, right, origin, real, chunk_size):
+    """The scan of one chunk, token by token."""
+    best = -math.inf
+
+    def score(token):
+        return float((means @ key[origin + token]).max()) if real[origin + token] else -3.4028234663852886e38
+
+    while chunk_size >= 1:
+        middle = (left + right) // 2
+        of_left, of_right = score((left + middle) // 2), score((middle + right) // 2)
+        best = max(best, of_right if of_right >= of_left else of_left)
+        left, right = (middle, right) if of_right >= of_left else (left, middle)
+        chunk_size //= 2
+    return best
+
+
+def staged_choice(query, key, stages, top_k, window, sinks, real):
+    """Chunks that the staged scan chooses for one head, for each block of the last stage: the definition."""
+    queries, keys = len(query), len(key)
+    origin = int(real.int().argmax()) + sinks
+    last = int((real * torch.arange(1, keys + 1)).max())
+    rows_of_last = min(stages[-1][0], queries)
+    choices = []
+    for block in range(-(-queries // rows_of_last)):
+        kept = []
+        for number, (block_size, stride, chunk, _) in enumerate(stages):
+            rows = min(block_size, queries)
+            first = block * rows_of_last // rows * rows
+            real_rows = min(max(last - (keys - queries + first), 1), rows)
+            end = keys - queries + first + real_rows - window - origin
+            means = torch.stack(
+                [query[first + j : first + min(j + stride, real_rows)].mean(0) for j in range(0, real_rows, stride)]
+            )
+            if number == 0:
+                starts = list(range(0, max(0, keys - window - sinks), chunk))
+            else:
+                starts = [start + piece for start in kept for piece in range(0, stages[number - 1][2], chunk)]
+            scores = [
+                scan(means, key, x, min(x + chunk, end), origin, real, chunk) if x < end else -math.inf for x in starts
+            ]
+            budget = top_k if number == len(stages) - 1 else stages[number + 1][3]
+            best = sorted(range(len(starts)), key=lambda x: (-scores[x], x))[: -(-budget // chunk)]
+            kept = sorted(starts[x] for x in best if scores[x] > -math.inf)
+        choices.append([start // stages[-1][2] for start in kept])
+    return choices
+
+
+@pytest.mark.parametrize(
+    ("stages", "top_k", "queries", "keys", "padded"),
+    [
+        ([(16, 4, 32, None), (16, 2, 8, 96), (16, 1, 2, 40)], 16, 150, 190, False),
+        ([(16, 4, 16, None), (8, 8, 4, 64)], 20, 90, 120, True),
+        ([(64, 4, 32, None)], 64, 10, 140, False),
+        ([(1, 1, 8, None), (1, 1, 2, 32)], 6, 5, 140, True),
+    ],
+)
+def test_staged_scan_by_its_definition(stages, top_k, queries, keys, padded):
+    query, key, value = tensors(batch=2, queries=queries, keys=keys, dtype=torch.float64)
+    real = torch.ones(2, keys, dtype=torch.bool)
+    if padded:
+        real = (torch.arange(keys) >= torch.tensor([[0], [9]])) & (
+            torch.arange(keys) < torch.tensor([[keys - 7], [keys]])
+        )
+        real[0, 40] = False
+    sizes = {"sliding_window": 20, "num_sink_tokens": 3, "attention_mask": real if padded else None}
+    output, mask = hip_attention(query, key, value, stages=stages, top_k=top_k, return_mask=True, **sizes)
+    window = max(20, stages[0][0] - 1)
+    for row in range(2):
+        for head in range(4):
+            want = staged_choice(query[row, head], key[row, head // 2], stages, top_k, window, 3, real[row])
+            assert [[x for x in block if x >= 0] for block in mask.blocks[row, head].tolist()] == want
+    torch.testing.assert_close(output, dense(query, key, value, mask.dense()), atol=1e-9, rtol=1e-9)
+    assert not (mask.dense() & ~causal(queries, keys)).any()
+
+
+def test_staged_scan_is_dense_when_the_budgets_suffice_and_causal_when_they_do_not():
+    stages = [(16, 4, 32, None), (16, 2, 8, 320)]
+    inputs = tensors(queries=300)
+    whole = hip_attention(*inputs, stages=stages, top_k=320, sliding_window=20, num_sink_tokens=3)
+    torch.testing.assert_close(whole, dense(*inputs, causal(300, 300)), atol=1e-5, rtol=0)
+    options = {"stages": stages, "top_k": 32, "sliding_window": 20, "num_sink_tokens": 3}
+    output = hip_attention(*inputs, **options)
+    changed = [x.clone() for x in inputs]
+    changed[1][:, :, 201:] *= -3
+    changed[2][:, :, 201:] += 1
+    assert torch.equal(hip_attention(*changed, **options)[:, :, :201], output[:, :, :201])
+    padded = [torch.cat([torch.ones_like(x[:, :, :32]), x], 2) for x in inputs]
+    attention_mask = left_padding(1, 332, [32])
+    shifted = hip_attention(*padded, attention_mask=attention_mask, **options)
+    torch.testing.assert_close(shifted[:, :, 32:], output, atol=1e-6, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("queries", "keys", "padding", "sizes"),
     [
