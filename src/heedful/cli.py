@@ -482,7 +482,7 @@ def train_longspec(
 
 @train_app.command("sinklora")
 def train_sinklora(
-    data: DataOption, out: OutOption, model: ModelOption = DEFAULT_MODEL, steps: StepsOption = 1000, batch_size: BatchOption = 64,
+    data: DataOption, out: Annotated[Path, typer.Option(help="Folder for the tuned model.")], model: ModelOption = DEFAULT_MODEL, steps: StepsOption = 1000, batch_size: BatchOption = 64,
     length: LengthOption = 16384, lr: RateOption = 2e-5, seed: SeedOption = 0, resume: ResumeOption = True,
     micro_batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward.")] = 1,
     group_size_ratio: Annotated[float, typer.Option(help="Share of a row that is a group; 1 for full attention.")] = 0.25,
