@@ -14,10 +14,13 @@ _EXPORTS = {
     "HiPMask": "heedful.attention.hip",
     "alibi_slopes": "heedful.attention.lightning",
     "by_document": "heedful.attention.documents",
+    "dispatch_heads": "heedful.attention.head_routing",
     "hip_attention": "heedful.attention.hip",
     "landmark_attention": "heedful.attention.landmark",
     "lightning_attention": "heedful.attention.lightning",
     "merge_attention_states": "heedful.attention.tree",
+    "routed_attention": "heedful.attention.head_routing",
+    "routed_projection": "heedful.attention.head_routing",
     "shifted_sparse_attention": "heedful.attention.shifted",
     "tree_attention": "heedful.attention.tree",
 }
@@ -26,16 +29,20 @@ __all__ = [  # noqa: F822 (names are looked up in _EXPORTS)
     "HiPMask",
     "alibi_slopes",
     "by_document",
+    "dispatch_heads",
     "hip_attention",
     "landmark_attention",
     "lightning_attention",
     "merge_attention_states",
+    "routed_attention",
+    "routed_projection",
     "shifted_sparse_attention",
     "tree_attention",
 ]
 
 if TYPE_CHECKING:
     from heedful.attention.documents import by_document
+    from heedful.attention.head_routing import dispatch_heads, routed_attention, routed_projection
     from heedful.attention.hip import HiPMask, hip_attention
     from heedful.attention.landmark import landmark_attention
     from heedful.attention.lightning import alibi_slopes, lightning_attention
