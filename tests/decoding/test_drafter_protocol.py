@@ -3,15 +3,26 @@
 import gc
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from decoding_tools import Chain, Empty, RandomTree, Recorder, StaticTree, padding
 from tiny_models import build, inputs
-from transformers import TextStreamer
+from transformers import Cache, PreTrainedModel, StoppingCriteria, TextStreamer
 from transformers.generation import GenerateDecoderOnlyOutput
 
 import heedful
-from heedful.decoding import DraftTree, custom_generate
+from heedful.decoding import (
+    DraftTree,
+    HiddenTransfer,
+    LongSpec,
+    Medusa,
+    PromptLookup,
+    Sequence,
+    TokenRecycling,
+    custom_generate,
+)
+from heedful.decoding.tree import topology
 
 GREEDY = {"max_new_tokens": 18, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 EVERYTHING = {"logits", "hidden_states", "prompt_logits", "prompt_hidden_states", "cache"}
@@ -175,21 +186,62 @@ def test_custom_generate_inside_transformers():
     assert torch.equal(heedful.generate(model, **given, **GREEDY, return_dict_in_generate=True).sequences, reference)
 
 
-def test_memory_does_not_grow_with_the_steps():
-    model = build("llama", max_position_embeddings=4096)
-    given = inputs(model, batch=1)
-    sizes = []
+DRAFTERS = {
+    "garbage": lambda model: Chain(None),
+    "token recycling": lambda model: TokenRecycling(max_nodes=6),
+    "sequence": lambda model: Sequence(PromptLookup(), TokenRecycling(max_nodes=6)),
+    "medusa": lambda model: Medusa.for_model(model, tree=[[0], [1]]),
+    "hidden transfer": lambda model: HiddenTransfer.for_model(model, tree=[[0], [1]]),
+    "longspec": lambda model: LongSpec.for_model(model, window=16, tree_shape=(2,)),
+}
 
-    class Watch(Chain):
-        def propose(self, roots, committed):
-            if len(committed[0]) % 100 == 0:
-                gc.collect()
-                sizes.append(sum(1 for o in gc.get_objects() if type(o) is torch.Tensor))
-            return super().propose(roots, committed)
 
-    heedful.generate(model, drafter=Watch(None), **given, **(GREEDY | {"max_new_tokens": 420}))
-    assert len(sizes) > 2
-    assert sizes[-1] <= sizes[0] + 5
+def bytes_held(thing, seen):
+    """Bytes of the tensors and arrays that a drafter holds, without the model and its cache, and a word for each list entry."""
+    if id(thing) in seen or isinstance(thing, (PreTrainedModel, Cache)):
+        return 0
+    seen.add(id(thing))
+    if isinstance(thing, (torch.Tensor, np.ndarray)):
+        return thing.nbytes
+    if isinstance(thing, dict):
+        return sum(bytes_held(value, seen) for value in thing.values())
+    if isinstance(thing, (list, tuple)):
+        return 8 * len(thing) + sum(bytes_held(value, seen) for value in thing)
+    return bytes_held(vars(thing), seen) if "heedful" in type(thing).__module__ else 0
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_memory_does_not_grow_over_a_thousand_steps(name):
+    """Tensors alive, and bytes that the drafter holds, after 100 steps and after 1,000."""
+    model = build("llama", max_position_embeddings=4096, num_hidden_layers=1)
+    drafter, steps, found = DRAFTERS[name](model), [], []
+
+    def watched(roots, committed):
+        steps.append(None)
+        if len(steps) in (100, 1000):
+            topology.cache_clear()  # shapes of trees, 256 at most
+            gc.collect()
+            tensors = sum(1 for o in gc.get_objects() if type(o) is torch.Tensor)
+            found.append((tensors, bytes_held(drafter, set())))
+        return type(drafter).propose(drafter, roots, committed)
+
+    drafter.propose = watched
+    torch.manual_seed(0)  # hot sampling: few drafts come true, so that there are as many steps as tokens, nearly
+    options = {"do_sample": True, "temperature": 4.0, "max_new_tokens": 3000, "stopping_criteria": [Thousand(steps)]}
+    heedful.generate(model, drafter=drafter, **inputs(model, batch=1), **(GREEDY | options))
+    (early, early_bytes), (late, late_bytes) = found
+    assert late <= early + 5
+    assert late_bytes <= early_bytes + 64
+
+
+class Thousand(StoppingCriteria):
+    """Ends when 1,000 steps have been drafted."""
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), len(self.steps) >= 1000)
 
 
 def test_peft_wrapped_model():

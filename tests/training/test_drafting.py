@@ -1,7 +1,9 @@
 """The loop that trains drafters: data, equal losses on one and two processes, going on after a kill, folders."""
 
 import json
+import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,10 @@ import torch
 from tiny_models import build
 
 import heedful
+from heedful import cli
 from heedful.decoding import HiddenTransfer, LongSpec, Medusa
-from heedful.training import train_drafter, train_hidden_transfer, train_longspec, train_medusa
-from heedful.training.drafting import PackedRows, read_documents
+from heedful.training import self_distill, train_drafter, train_hidden_transfer, train_longspec, train_medusa
+from heedful.training.drafting import PackedRows, read_documents, read_pieces
 
 SMALL = {"steps": 4, "batch_size": 4, "length": 24, "progress": False}
 
@@ -49,9 +52,12 @@ def test_documents(tmp_path):
         {"turns": ["three", "3"]},
         {"messages": [{"role": "user", "content": "four"}]},
         {"conversations": [{"from": "human", "value": "five"}]},
+        {"prompt": "s", "answer": "ix"},
     ]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert [d.strip() for d in read_documents(file)] == ["one", "Question: two\nAnswer: 2", "three\n3", "four", "five"]
+    documents = [document.strip() for document in read_documents(file)]
+    assert documents == ["one", "Question: two\nAnswer: 2", "three\n3", "four", "five", "six"]
+    assert read_pieces(file)[-1] == [("s", False), ("ix", True)]
     for bad, message in (('{"x": 1}', "line 1: no 'text'"), ("{", "line 1: not JSON"), ("", "holds no text")):
         file.write_text(bad)
         with pytest.raises(ValueError, match=message):
@@ -71,6 +77,29 @@ def test_rows_are_the_same_whoever_reads_them(text):
         PackedRows(["short"], Letters(), 9999, seed=0)
 
 
+def test_prompts_are_read_and_not_learnt():
+    rows = PackedRows([[("aaaa", False), ("bb", True)]] * 9, Letters(), 8, seed=0)
+    ids, labels = rows.with_labels(0, range(3))
+    prompt = ids == Letters()("a")["input_ids"][0]
+    assert prompt.any()
+    assert torch.equal(labels == -100, prompt)
+    assert torch.equal(labels[~prompt], ids[~prompt])
+    model = build("llama").requires_grad_(False)
+    for kind in (Medusa, HiddenTransfer, LongSpec):
+        drafter = kind.for_model(model)
+        gradients = []
+        for changed in (False, True):  # what is not learnt may be anything, as a target
+            torch.manual_seed(0)
+            drafter.zero_grad()
+            nothing = torch.full_like(labels, -100)
+            nothing[0, -1] = labels[0, -1]
+            loss, figures = drafter.loss(model, ids, nothing if changed else torch.full_like(labels, -100))
+            loss.backward()
+            gradients.append(sum(float(p.grad.abs().sum()) for p in drafter.parameters() if p.grad is not None))
+        assert gradients[0] == 0.0 < gradients[1]
+        assert all(torch.isfinite(value) for value in figures.values())
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(text, tmp_path):
     results = []
     for stop in (None, 2):
@@ -87,25 +116,64 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(text, tmp_path):
         train_drafter(drafter, model, Letters(), text, out, **SMALL)
         results.append((LongSpec.from_pretrained(out), losses(out)))
     (whole, curve), (resumed, resumed_curve) = results
-    assert curve[-1] == resumed_curve[-1]
+    assert curve == resumed_curve  # each step once
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     train_drafter(drafter, model, Letters(), text, out, stop_after=1, resume=False, **SMALL)
     with pytest.raises(ValueError, match="is of a run with"):
         train_drafter(drafter, model, Letters(), text, out, **SMALL | {"steps": 9})
 
 
+PROGRAM = """
+import os, signal, sys, torch
+sys.path[:0] = {paths!r}
+torch.set_num_threads(1)
+from tiny_models import build
+from test_drafting import Letters, SMALL
+from heedful.decoding import Medusa
+from heedful.training import train_drafter, train_medusa
+torch.manual_seed(0)
+model = build('llama')
+drafter = Medusa.for_model(model)
+"""
+
+
+def program(folder, *lines):
+    script = folder / "run.py"
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    script.write_text("\n".join([PROGRAM.format(paths=paths), *lines]) + "\n")
+    return script
+
+
+def test_a_run_that_the_system_kills_leaves_a_checkpoint_to_go_on_from(text, tmp_path):
+    """SIGKILL in the middle of step 3 of 4, with a checkpoint after each second step."""
+    script = program(
+        tmp_path,
+        "loss = Medusa.loss",
+        "def fatal(self, *given):",
+        "    if self.trained_share >= 0.75: os.kill(os.getpid(), signal.SIGKILL)",
+        "    return loss(self, *given)",
+        "Medusa.loss = fatal",
+        "train_drafter(drafter, model, Letters(), sys.argv[1], sys.argv[2], checkpoint_every=2, **SMALL)",
+    )
+    killed = subprocess.run([sys.executable, str(script), str(text), str(tmp_path / "killed")], timeout=120)
+    assert killed.returncode == -9
+    assert (tmp_path / "killed" / "training" / "checkpoint.pt").exists()
+    found = []
+    for name in ("killed", "whole"):
+        torch.manual_seed(0)
+        model = build("llama")
+        train_drafter(Medusa.for_model(model), model, Letters(), text, tmp_path / name, **SMALL)
+        found.append(Medusa.from_pretrained(tmp_path / name))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*(d.parameters() for d in found), strict=True))
+    assert not (tmp_path / "killed" / "training" / "checkpoint.pt").exists()
+
+
 def test_two_processes_have_the_losses_of_one(text, tmp_path):
     """Gloo on the CPU, through `accelerate launch`'s own environment variables."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, torch\n"
-        f"sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]\n"
-        "torch.set_num_threads(1)\n"
-        "from tiny_models import build\nfrom test_drafting import Letters, SMALL\n"
-        "from heedful.decoding import Medusa\nfrom heedful.training import train_drafter\n"
-        "torch.manual_seed(0)\nmodel = build('llama')\n"
-        "train_drafter(Medusa.for_model(model), model, Letters(), sys.argv[1], sys.argv[2], **SMALL)\n"
-    )
+    script = program(tmp_path, "train_drafter(drafter, model, Letters(), sys.argv[1], sys.argv[2], **SMALL)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     curves = []
     for number in (1, 2):
         out = tmp_path / f"of-{number}"
@@ -113,7 +181,7 @@ def test_two_processes_have_the_losses_of_one(text, tmp_path):
         for rank in range(number):
             env = os.environ | {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": "29611", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+                "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
             }  # fmt: skip
             if number == 1:
                 env = {k: v for k, v in env.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
@@ -143,11 +211,12 @@ def test_recipes_write_folders_that_draft(text, tmp_path):
 
 
 @pytest.mark.parametrize("distill", [False, True])
-def test_medusa_2_tunes_model_and_heads(text, tmp_path, distill):
+@pytest.mark.parametrize("tied", [False, True])
+def test_medusa_2_tunes_model_and_heads(text, tmp_path, distill, tied):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = build("llama")
+    model = build("llama", tie_word_embeddings=tied)
     before = {name: p.clone() for name, p in model.named_parameters()}
     out = train_medusa(
         model, Letters(), text, tmp_path, stage=2, num_heads=2, distill=distill, head_weight_schedule="sine",
@@ -156,7 +225,65 @@ def test_medusa_2_tunes_model_and_heads(text, tmp_path, distill):
     tuned = AutoModelForCausalLM.from_pretrained(out / "model")
     changed = [name for name, p in tuned.named_parameters() if not torch.equal(p, before[name])]
     assert any("q_proj" in name for name in changed)
+    assert ("lm_head.weight" in changed) == (not tied)  # a head that is the embedding stays
+    assert not any("embed" in name or "norm" in name for name in changed)
     assert type(Medusa.from_pretrained(out)) is Medusa
+
+
+def test_a_schedule_goes_on_where_it_was_killed(text, tmp_path):
+    weights = []
+    for stop in (None, 2):
+        torch.manual_seed(0)
+        for after in (stop, None) if stop else (None,):
+            model = build("llama")
+            drafter = Medusa.for_model(model, num_heads=2)
+            options = SMALL | ({"stop_after": after} if after else {})
+            train_medusa(
+                model, Letters(), text, tmp_path / str(stop), stage=2, drafter=drafter, head_weight=0.01,
+                head_weight_schedule="sine", calibration_rows=0, **options,
+            )  # fmt: skip
+        weights.append(drafter.scale)
+    assert weights[0] == weights[1] == pytest.approx(0.01 * math.sin(math.pi / 2 * 3 / 4))
+
+
+def test_self_distillation_writes_the_models_answers(tmp_path):
+    model, tokenizer = heedful.zoo.load("classics-20m")
+    prompts = ["It was the best of times,", "The key of the tower is"]
+    lines = self_distill(model, tokenizer, prompts, tmp_path / "own.jsonl", max_new_tokens=12).read_text().splitlines()
+    for prompt, line in zip(prompts, map(json.loads, lines), strict=True):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        answer = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert line == {"prompt": prompt, "answer": tokenizer.decode(answer, skip_special_tokens=True)}
+    assert [pieces[0][1] for pieces in read_pieces(tmp_path / "own.jsonl")] == [False, False]
+    with pytest.raises(ValueError, match="needs prompts"):
+        self_distill(model, tokenizer, [], tmp_path / "none.jsonl")
+
+
+def test_train_on_the_command_line(text, tmp_path, capsys, monkeypatch):
+    def heedful_train(*arguments):
+        monkeypatch.setattr("sys.argv", ["heedful", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, capsys.readouterr()
+
+    given = ("--data", text, "--steps", 1, "--batch-size", 1, "--length", 16)
+    code, said = heedful_train("longspec", "--out", tmp_path / "one", *given)
+    assert code == 0, said.err
+    code, said = heedful_train(
+        "longspec", "--out", tmp_path / "two", "--stage", 2, "--drafter", tmp_path / "one", *given
+    )
+    assert code == 0, said.err
+    log = json.loads((tmp_path / "two" / "training" / "log.jsonl").read_text().splitlines()[0])
+    assert log["lr"] == pytest.approx(5e-6)  # the stage's own
+    assert LongSpec.from_pretrained(tmp_path / "two").hidden_size == 384
+    for arguments, message in {
+        ("medusa", "--stage", 2): "give its folder as --drafter",
+        ("medusa", "--stage", 2, "--drafter", tmp_path / "one"): "holds a longspec drafter",
+        ("medusa", "--drafter", tmp_path / "none"): "no drafter",
+    }.items():
+        code, said = heedful_train(*arguments, "--out", tmp_path / "three", *given)
+        assert code != 0
+        assert message in said.err.replace("\n", " ")
 
 
 def test_bad_recipes(text, tmp_path):

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.decoding.trained import TrainedDrafter
 
-
 #: A document in pieces, each with whether a drafter learns from it.
 Pieces = list[tuple[str, bool]]
 
