@@ -109,7 +109,7 @@ def run(name: str, device: str, steps: int, text: Path, work: Path, number: int,
     else:
         train_hidden_transfer(model, tokenizer, text, out, num_transfer_steps=STEPS, **common, **options)
     seconds = time.perf_counter() - began
-    drafter = (Medusa if name == MEDUSA else HiddenTransfer).from_pretrained(out)
+    drafter = (Medusa if name == MEDUSA else HiddenTransfer).from_pretrained(out, max_nodes=len(TREE))
     drafter.set_tree(TREE)
     drafter.bind(model)
     rows = held_out_rows(tokenizer, 2 * number, PROMPT)

@@ -72,7 +72,7 @@ def by_head(accuracies: list[list[float]]) -> dict[str, Any]:
 def shipped(device: str, quick: bool) -> dict[str, Any]:
     number, tokens = (4, 40) if quick else (24, 96)
     model, tokenizer = zoo.load("classics-20m", device=device)
-    drafter = Counting.from_pretrained(zoo.path("classics-20m-medusa"))
+    drafter = Counting.from_pretrained(zoo.path("classics-20m-medusa"), max_nodes=63)
     rows = held_out_rows(tokenizer, 2 * number, PROMPT)
     calibration = own_text(model, rows[::2], 128, PROMPT)  # every other passage; the rest is decoded
     prompts = list(rows[1::2].split(1))
@@ -143,7 +143,7 @@ def trained(device: str, steps: int, data: Path) -> dict[str, Any]:
             train_medusa(model, tokenizer, text, out, drafter=first, steps=steps, **(common | options))
             if stage_2:  # its answers are the tuned model's
                 model = type(model).from_pretrained(out / "model").to(device).eval()
-            drafter = Medusa.from_pretrained(out)
+            drafter = Medusa.from_pretrained(out, max_nodes=63)
             rows = held_out_rows(tokenizer, 48, PROMPT)
             own = own_text(model, rows[::2], 128, PROMPT)
             accuracies, _ = head_accuracies(drafter, model, own)

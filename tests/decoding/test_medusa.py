@@ -3,14 +3,22 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import build, inputs
 
 import heedful
-from heedful.decoding import Medusa
+from heedful.decoding import HiddenTransfer, Medusa, hidden_transfer, medusa
 from heedful.decoding.medusa import MC_SIM_7B_63
-from heedful.decoding.trained import RankTree, best_tree, expected_length, output_weight, rank_accuracies
+from heedful.decoding.trained import (
+    RankTree,
+    best_tree,
+    expected_length,
+    output_weight,
+    path_chances,
+    rank_accuracies,
+)
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -154,6 +162,39 @@ def test_a_row_drafts_alone_as_in_a_batch():
         assert alone[0] == together[row]
 
 
+@pytest.mark.parametrize("kind", [Medusa, HiddenTransfer])
+def test_the_tree_is_as_large_as_pays_on_the_device(kind, monkeypatch):
+    model = build("llama", dtype=torch.float64)
+    accuracies = [[0.6, 0.2, 0.1], [0.5, 0.2, 0.1], [0.4, 0.1, 0.1]]
+    paths = best_tree(accuracies, 20)
+    options = {"num_heads": 3} if kind is Medusa else {"num_transfer_steps": 3, "transfer_layers": [1, 1, 1]}
+    sizes = []
+    for slope in (0.0, 0.03, 10.0):  # rows for nothing, at 3 % of a forward, at ten forwards each
+
+        def costs(model, batch_size, rows, slope=slope):
+            return 1 + slope * np.arange(rows)
+
+        for module in (medusa, hidden_transfer):
+            monkeypatch.setattr(module, "forward_costs", costs)
+        monkeypatch.setattr(medusa, "seconds_of", lambda run, device: 0.0)
+        drafter = kind.for_model(model, tree=paths, accuracies=accuracies, **options)
+        given = inputs(model, batch=1)
+        result = heedful.generate(model, drafter=drafter, **given, **GREEDY)
+        assert torch.equal(result.sequences, model.generate(**given, **GREEDY))
+        sizes.append(len(drafter.drafted.paths))
+        chances = dict(zip(drafter.tree.paths, path_chances(drafter.tree.paths, accuracies), strict=True))
+        kept = {chances[path] for path in drafter.drafted.paths}
+        left = {chances[path] for path in set(drafter.tree.paths) - set(drafter.drafted.paths)}
+        assert not kept or not left or min(kept) >= max(left)
+    assert sizes[0] == 20 > sizes[1] > sizes[2] == 0
+    assert result.stats.tokens_per_step == 1.0  # plain decoding where no node pays
+    fixed = kind.for_model(model, tree=paths, accuracies=accuracies, max_nodes=4, **options)
+    heedful.generate(model, drafter=fixed, **given, **GREEDY)
+    assert fixed.drafted.paths == sorted(paths[:4])
+    with pytest.raises(ValueError, match="max_nodes"):
+        kind.for_model(model, max_nodes="many")
+
+
 def test_save_and_load(tmp_path):
     model = build("llama")
     drafter = scrambled(model, num_heads=2)
@@ -219,7 +260,9 @@ def test_accuracies_of_the_models_own_tokens_alone():
 
 def test_the_zoos_heads():
     model, tokenizer = heedful.zoo.load("classics-20m")
-    drafter = Medusa.from_pretrained(heedful.zoo.path("classics-20m-medusa"))
+    drafter = Medusa.from_pretrained(heedful.zoo.path("classics-20m-medusa"), max_nodes=63)
+    assert len(drafter.tree.paths) == 63
+    assert drafter.accuracies is not None
     ids = tokenizer("The colour of the door is amber. The colour of", return_tensors="pt").input_ids
     plain = heedful.generate(model, ids, None, max_new_tokens=32, do_sample=False)
     result = heedful.generate(model, ids, drafter, max_new_tokens=32, do_sample=False)

@@ -14,11 +14,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from heedful.decoding.drafter import DraftingOutputs
 from heedful.decoding.medusa import MC_SIM_7B_63
+from heedful.decoding.sizing import forward_costs
 from heedful.decoding.support import model_device
 from heedful.decoding.trained import (
-    RankPaths,
-    RankTree,
-    TrainedDrafter,
+    RANKS,
+    RankDrafter,
     best_tree,
     mean_where,
     output_weight,
@@ -27,11 +27,10 @@ from heedful.decoding.trained import (
 from heedful.decoding.tree import DraftTree
 from heedful.seam import AttentionCall, Kernel, Verification, attach
 
-_RANKS = 10
 _BLOCK = 128  # anchors whose attention is worked out at once in training
 
 
-class HiddenTransfer(TrainedDrafter):
+class HiddenTransfer(RankDrafter):
     """Drafts with pseudo hidden states: linear maps of a token's state in the middle of the model, refined by the layers above.
 
     Step i maps the state of token n that enters layer ``transfer_layers[i - 1]`` to a pseudo state at position n + i. From
@@ -57,6 +56,8 @@ class HiddenTransfer(TrainedDrafter):
         source: "anchor": every step maps the real token's state; "previous": step i maps the pseudo state of step i - 1.
         share_projection: one matrix for all steps. bias: with a bias. norm: an RMS norm in front of the map.
         tree: nodes as paths of ranks, at most k deep; None: the first 24 nodes of Medusa's default tree.
+        accuracies: ``[step][rank]``, as `calibrate` measured them; kept with the drafter.
+        max_nodes: nodes drafted a step at most; ``"auto"`` as for `Medusa`. Default ``"auto"``.
 
     Raises:
         ValueError: arguments that contradict each other; a target of other sizes, without decoder layers in ``layers``, or with
@@ -88,6 +89,8 @@ class HiddenTransfer(TrainedDrafter):
         bias: bool = True,
         norm: bool = False,
         tree: list[list[int]] | None = None,
+        accuracies: list[list[float]] | None = None,
+        max_nodes: int | str = "auto",
     ) -> None:
         super().__init__()
         if source not in ("anchor", "previous"):
@@ -121,7 +124,7 @@ class HiddenTransfer(TrainedDrafter):
                 nn.init.zeros_(cast(nn.Linear, map_).bias)
         self.norm = nn.RMSNorm(hidden_size) if norm else nn.Identity()
         default = [path for path in MC_SIM_7B_63 if len(path) <= num_transfer_steps][:24] if tree is None else tree
-        self.set_tree(default)
+        self._start(num_transfer_steps, default, accuracies, max_nodes)
         self.hard_labels = False
         self._candidates: Tensor | None = None
 
@@ -137,12 +140,11 @@ class HiddenTransfer(TrainedDrafter):
         text = model.config.get_text_config(decoder=True)
         return {"hidden_size": text.hidden_size, "num_hidden_layers": text.num_hidden_layers}
 
-    def set_tree(self, paths: RankPaths) -> None:
-        """Replaces the tree."""
-        kept = sorted((tuple(path) for path in paths), key=len)
-        self.tree = RankTree(kept, self.num_transfer_steps, _RANKS)
-        if isinstance(config := getattr(self, "_hub_mixin_config", None), dict):
-            config["tree"] = [list(path) for path in self.tree.paths]
+    def step_seconds(self, model: PreTrainedModel, batch_size: int, nodes: int) -> Sequence[float]:
+        live, lower = len(self.transfer_layers), self.transfer_layers[0] / self.num_hidden_layers
+        costs = forward_costs(model, batch_size, (nodes + 1) * (1 + live))
+        upper = costs[live :: 1 + live]  # every node brings its pseudo rows
+        return [costs[0], *(lower * costs[1 : nodes + 1] + (1 - lower) * upper[1 : nodes + 1])]
 
     def transfer(self, step: int, state: Tensor) -> Tensor:
         """The pseudo states of a step (from 0) for states ``(..., H)``."""
@@ -157,6 +159,9 @@ class HiddenTransfer(TrainedDrafter):
 
         Appended rows are ordered by step, then by anchor; their keys come behind those of the real rows.
         """
+        if not self.drafted.paths:
+            yield
+            return
         decoder, layers = model.get_decoder(), _layers(model)
         run = _Joined(self)
         with ExitStack() as hooks:
@@ -185,13 +190,14 @@ class HiddenTransfer(TrainedDrafter):
             raise ValueError(
                 "HiddenTransfer adds rows to the model's forward, which attached parts would take for tokens; detach them, or use another drafter"
             )
+        self.fit(model, batch_size)
         self._candidates = None
 
     def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None] | DraftTree:
         if self._candidates is None:  # the first step: its root spawns the first draft
             return [None] * len(roots)
-        tokens = self.tree.fill(roots, self._candidates)
-        return DraftTree(cast(LongTensor, tokens), cast(LongTensor, torch.tensor(self.tree.parents)))
+        tokens = self.drafted.fill(roots, self._candidates)
+        return DraftTree(cast(LongTensor, tokens), cast(LongTensor, torch.tensor(self.drafted.parents)))
 
     @torch.no_grad()
     def update(
@@ -201,7 +207,7 @@ class HiddenTransfer(TrainedDrafter):
         paths: list[list[int]],
         new_roots: LongTensor,
     ) -> None:
-        if self.num_transfer_steps == 0:
+        if not self.drafted.paths:
             return
         last = torch.tensor([path[-1] if path else 0 for path in paths], device=self._pseudo.device)
         rows = torch.arange(len(paths), device=last.device)
@@ -209,7 +215,7 @@ class HiddenTransfer(TrainedDrafter):
 
     def _best(self, pseudo: Tensor) -> Tensor:
         logits = self.read_out(pseudo)[..., : self.target.config.get_text_config(decoder=True).vocab_size]
-        return logits.topk(min(_RANKS, logits.shape[-1]), dim=-1).indices
+        return logits.topk(min(RANKS, logits.shape[-1]), dim=-1).indices
 
     # Training -------------------------------------------------------------------------------------------------------------
 
@@ -238,9 +244,7 @@ class HiddenTransfer(TrainedDrafter):
             total = total + loss
             with torch.no_grad():
                 figures[f"step_{step}_loss"] = loss.detach()
-                figures[f"step_{step}_agreement"] = mean_where(
-                    (logits.argmax(-1) == wanted.argmax(-1)).float(), learnt
-                )
+                figures[f"step_{step}_agreement"] = mean_where((logits.argmax(-1) == wanted.argmax(-1)).float(), learnt)
         return total, figures
 
     def pseudo_states(self, model: PreTrainedModel, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,7 +325,7 @@ class HiddenTransfer(TrainedDrafter):
             found.append(self._best(pseudo.transpose(1, 2)))
             chosen.append(F.linear(hidden, output_weight(model)).argmax(-1))
         accuracies, _ = rank_accuracies(torch.cat(found), torch.cat(chosen), prompt=prompt)
-        self.set_tree(best_tree(accuracies, max_nodes))
+        self.set_tree(best_tree(accuracies, max_nodes), accuracies)
         return accuracies
 
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
+from heedful.decoding.sizing import forward_costs, seconds_of
 from heedful.decoding.support import model_device
 from heedful.decoding.trained import (
-    RankPaths,
-    RankTree,
-    TrainedDrafter,
+    RANKS,
+    RankDrafter,
     best_tree,
     expected_length,
     output_weight,
@@ -37,7 +37,6 @@ _CHILDREN: dict[tuple[int, ...], int] = {
 MC_SIM_7B_63: tuple[tuple[int, ...], ...] = tuple(
     (*path, rank) for path, count in _CHILDREN.items() for rank in range(count)
 )
-_RANKS = 10
 
 
 class ResidualBlock(nn.Module):
@@ -53,7 +52,7 @@ class ResidualBlock(nn.Module):
         return x + F.silu(self.linear(x))
 
 
-class Medusa(TrainedDrafter):
+class Medusa(RankDrafter):
     """Drafts with K residual heads on the model's last hidden state; a static tree of their best tokens is verified.
 
     Head k reads the hidden state at the last accepted token t (after the final norm) and predicts token t + k + 1; the
@@ -77,6 +76,8 @@ class Medusa(TrainedDrafter):
             each head has an output matrix of its own, ``K V H`` parameters more and a little more accurate. Default True.
         tree: nodes as paths of ranks; None: the reference's 63-node tree, as deep as there are heads. See `calibrate`.
         accuracies: ``[head][rank]``, as `calibrate` measured them; kept with the drafter.
+        max_nodes: nodes drafted a step at most. ``"auto"`` drafts, of a calibrated tree, the nodes with the most expected tokens
+            per second on this device (it times the model's forward once), on a slow one perhaps none. Default ``"auto"``.
 
     Raises:
         ValueError: a tree with a missing parent, deeper than the heads, or with ranks outside the ten best; a target of
@@ -105,13 +106,13 @@ class Medusa(TrainedDrafter):
         share_lm_head: bool = True,
         tree: list[list[int]] | None = None,
         accuracies: list[list[float]] | None = None,
+        max_nodes: int | str = "auto",
     ) -> None:
         super().__init__()
         if num_heads < 1 or num_layers < 1:
             raise ValueError(f"num_heads and num_layers must be at least 1, got {num_heads} and {num_layers}")
         self.hidden_size, self.vocab_size = hidden_size, vocab_size
         self.num_heads, self.num_layers, self.share_lm_head = num_heads, num_layers, share_lm_head
-        self.accuracies = accuracies
         self.requires = frozenset({"hidden_states"})
         self.blocks = nn.ModuleList(
             nn.Sequential(*(ResidualBlock(hidden_size) for _ in range(num_layers))) for _ in range(num_heads)
@@ -119,7 +120,8 @@ class Medusa(TrainedDrafter):
         self.outputs = nn.ModuleList(
             nn.Linear(hidden_size, vocab_size, bias=False) for _ in range(0 if share_lm_head else num_heads)
         )
-        self.set_tree(MC_SIM_7B_63 if tree is None else tree, cut=tree is None)
+        default = [path for path in MC_SIM_7B_63 if len(path) <= num_heads]
+        self._start(num_heads, default if tree is None else tree, accuracies, max_nodes)
         #: Loss of the heads: "decay" is ``scale * sum_k 0.8^k CE_k`` with k from 1, "equal" the plain sum.
         self.weighting, self.scale = "decay", 0.2
         self._candidates: Tensor | None = None
@@ -137,12 +139,11 @@ class Medusa(TrainedDrafter):
         weight = output_weight(model)
         return {"hidden_size": weight.shape[1], "vocab_size": weight.shape[0]}
 
-    def set_tree(self, paths: RankPaths, cut: bool = False) -> None:
-        """Replaces the tree. ``cut``: leave out nodes deeper than there are heads instead of refusing them."""
-        kept = [list(path) for path in paths if not cut or len(path) <= self.num_heads]
-        self.tree = RankTree(kept, self.num_heads, _RANKS)
-        if hasattr(self, "_hub_mixin_config") and isinstance(self._hub_mixin_config, dict):
-            self._hub_mixin_config["tree"] = [list(path) for path in self.tree.paths]
+    def step_seconds(self, model: PreTrainedModel, batch_size: int, nodes: int) -> Sequence[float]:
+        hidden = torch.zeros(batch_size, self.hidden_size, device=model_device(model), dtype=model.dtype)
+        heads = seconds_of(lambda: self.candidates(hidden), hidden.device)
+        costs = forward_costs(model, batch_size, nodes + 1)
+        return [costs[0], *(costs[1:] + heads)]
 
     # The heads ----------------------------------------------------------------------------------------------------------
 
@@ -207,16 +208,14 @@ class Medusa(TrainedDrafter):
             rows (successes are correlated, so the two differ), and ``"default_tree"`` for the reference's tree, by products.
         """
         self.bind(model)
-        self.tree = RankTree([(rank,) for rank in range(_RANKS)], self.num_heads, _RANKS)  # all ranks are measured
+        self.set_tree([(rank,) for rank in range(RANKS)])  # all ranks are measured
         found, chosen = [], []
         for batch in rows.to(model_device(model)).split(8):
             hidden = model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
             found.append(self.candidates(hidden))
             chosen.append(F.linear(hidden, output_weight(model)).argmax(-1))
         accuracies, hits = rank_accuracies(torch.cat(found), torch.cat(chosen), prompt=prompt)
-        self.accuracies = accuracies
-        self.set_tree(best_tree(accuracies, max_nodes))
-        self._hub_mixin_config["accuracies"] = accuracies  # type: ignore[index]
+        self.set_tree(best_tree(accuracies, max_nodes), accuracies)
         empirical = torch.ones(())
         for path in self.tree.paths:
             right = torch.stack([hits[:, :, step, rank] for step, rank in enumerate(path)]).all(0)
@@ -232,17 +231,20 @@ class Medusa(TrainedDrafter):
 
     def begin(self, model: PreTrainedModel, batch_size: int) -> None:
         self.bind(model)
+        self.fit(model, batch_size)
         self._candidates = None
 
     @torch.no_grad()
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
         assert outputs.hidden_states is not None
-        self._candidates = self.candidates(outputs.hidden_states[:, -1]).cpu()
+        if self.drafted.paths:
+            self._candidates = self.candidates(outputs.hidden_states[:, -1]).cpu()
 
-    def propose(self, roots: LongTensor, committed: list[LongTensor]) -> DraftTree:
-        assert self._candidates is not None
-        tokens = self.tree.fill(roots, self._candidates)
-        return DraftTree(cast(LongTensor, tokens), cast(LongTensor, torch.tensor(self.tree.parents)))
+    def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None] | DraftTree:
+        if self._candidates is None:
+            return [None] * len(roots)
+        tokens = self.drafted.fill(roots, self._candidates)
+        return DraftTree(cast(LongTensor, tokens), cast(LongTensor, torch.tensor(self.drafted.parents)))
 
     @torch.no_grad()
     def update(
@@ -253,6 +255,8 @@ class Medusa(TrainedDrafter):
         new_roots: LongTensor,
     ) -> None:
         assert outputs.hidden_states is not None
+        if not self.drafted.paths:
+            return
         last = torch.tensor([path[-1] if path else 0 for path in paths])
         rows = torch.arange(len(paths))
         self._candidates = self.candidates(outputs.hidden_states[rows, last]).cpu()
@@ -328,12 +332,15 @@ class Medusa(TrainedDrafter):
 class _MedusaOnDevice(DeviceDrafter):
     def __init__(self, medusa: Medusa) -> None:
         self.medusa = medusa
-        self.parents: Sequence[int] = medusa.tree.parents  # type: ignore[assignment]
-        self.num_nodes, self.max_depth = len(medusa.tree), medusa.tree.depth
-        medusa.tree.places = medusa.tree.places.to(model_device(medusa.target))
+        self.tree = medusa.drafted
+        self.parents: Sequence[int] = self.tree.parents  # type: ignore[assignment]
+        self.num_nodes, self.max_depth = len(self.tree), self.tree.depth
+        self.tree.places = self.tree.places.to(model_device(medusa.target))
 
     def advance(self, step: DeviceStep) -> Tensor:
+        if not self.tree.paths:
+            return step.roots[:, None]
         assert step.hidden_states is not None
         last = step.path.gather(1, step.count[:, None] - 1)[:, :, None]
         hidden = step.hidden_states.gather(1, last.expand(-1, -1, step.hidden_states.shape[-1]))[:, 0]
-        return self.medusa.tree.fill(step.roots, self.medusa.candidates(hidden))
+        return self.tree.fill(step.roots, self.medusa.candidates(hidden))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -48,6 +49,19 @@ def forward_costs(model: PreTrainedModel, batch_size: int = 1, max_rows: int = R
     rows = np.arange(1, max_rows + 1) * batch_size
     slope = max(0.0, (times[-1] - times[-2]) / (ROWS[-1] - ROWS[-2]))
     return np.interp(rows, ROWS, times) + slope * np.maximum(0, rows - ROWS[-1])
+
+
+@torch.no_grad()
+def seconds_of(run: Callable[[], object], device: torch.device, runs: int = 5) -> float:
+    """Seconds of one call, the shortest of some, after one that does not count."""
+    best = float("inf")
+    for number in range(runs + 1):
+        _wait(device)
+        began = perf_counter()
+        run()
+        _wait(device)
+        best = min(best, perf_counter() - began) if number else best
+    return best
 
 
 def _attached(model: PreTrainedModel) -> bool:

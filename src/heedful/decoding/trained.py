@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import cast
@@ -16,6 +17,8 @@ from heedful.decoding.support import model_device
 
 #: Paths of candidate ranks, from the root: the nodes of a cartesian tree.
 RankPaths = Sequence[Sequence[int]]
+#: Candidates of each step that a tree may use.
+RANKS = 10
 
 
 class TrainedDrafter(nn.Module, Drafter, PyTorchModelHubMixin):
@@ -145,15 +148,17 @@ def best_tree(accuracies: Sequence[Sequence[float]], max_nodes: int) -> list[tup
     return chosen
 
 
+def path_chances(paths: RankPaths, accuracies: Sequence[Sequence[float]]) -> list[float]:
+    """How likely each node is accepted: the product of accuracies along its path, 0 for a rank that was not measured."""
+    return [
+        math.prod(accuracies[step][rank] if rank < len(accuracies[step]) else 0.0 for step, rank in enumerate(path))
+        for path in paths
+    ]
+
+
 def expected_length(paths: RankPaths, accuracies: Sequence[Sequence[float]]) -> float:
-    """Expected tokens a step of a tree, as the product of marginals along each path (successes are correlated: a guide)."""
-    total = 1.0
-    for path in paths:
-        chance = 1.0
-        for step, rank in enumerate(path):
-            chance *= accuracies[step][rank]
-        total += chance
-    return total
+    """Expected tokens a step of a tree, by products of accuracies (successes are correlated: a guide)."""
+    return 1.0 + sum(path_chances(paths, accuracies))
 
 
 @torch.no_grad()
@@ -187,3 +192,74 @@ def rank_accuracies(
             f"rows of {length} tokens leave nothing to measure {steps} steps ahead behind {prompt} of prompt"
         )
     return hits.float().mean((0, 1)).tolist(), hits
+
+
+class RankDrafter(TrainedDrafter):
+    """A drafter of ranked candidates for some steps ahead, whose best combinations are a tree.
+
+    Attributes:
+        tree: the whole tree.
+        drafted: the part of it that is verified, which `fit` sets when a generate begins.
+        accuracies: ``[step][rank]``, as measured by the calibration; None without one.
+        max_nodes: nodes below the root at most, or ``"auto"``.
+    """
+
+    steps: int
+    tree: RankTree
+    drafted: RankTree
+    accuracies: list[list[float]] | None
+    max_nodes: int | str
+
+    def _start(self, steps: int, tree: RankPaths, accuracies: list[list[float]] | None, max_nodes: int | str) -> None:
+        """The constructor's part of what a tree needs."""
+        if max_nodes != "auto" and (isinstance(max_nodes, (str, bool)) or max_nodes < 0):
+            raise ValueError(f"max_nodes must be 'auto' or a number of nodes from 0, got {max_nodes!r}")
+        self.steps, self.accuracies, self.max_nodes = steps, accuracies, max_nodes
+        self._fitted: tuple[Any, ...] = ()
+        self.set_tree(tree)
+
+    def set_tree(self, paths: RankPaths, accuracies: list[list[float]] | None = None) -> None:
+        """Replaces the tree: nodes as paths of ranks; with ``accuracies`` it can be cut to what pays on a device."""
+        self.tree = self.drafted = RankTree(paths, self.steps, RANKS)
+        self.accuracies = accuracies if accuracies is not None else self.accuracies
+        if isinstance(config := getattr(self, "_hub_mixin_config", None), dict):
+            config["tree"] = [list(path) for path in self.tree.paths]
+            config["accuracies"] = self.accuracies
+
+    def fit(self, model: PreTrainedModel, batch_size: int) -> None:
+        """Sets `drafted`: with ``max_nodes="auto"`` the part of the tree with the most expected tokens per second.
+
+        What a verification and a draft cost is timed once per model, device and dtype (`heedful.decoding.sizing`), what a
+        node brings is the product of the accuracies along its path. Without accuracies the whole tree is drafted.
+        """
+        place = (id(model), model.dtype, model_device(model), batch_size, self.max_nodes, id(self.tree))
+        if place == self._fitted:
+            return
+        self._fitted, self.drafted = place, self.tree
+        if self.accuracies is None or not len(self.tree.paths):
+            if self.max_nodes != "auto":
+                self.drafted = RankTree(self._first(int(self.max_nodes)), self.steps, RANKS)
+            return
+        chances = path_chances(self.tree.paths, self.accuracies)
+        order = sorted(range(len(chances)), key=lambda node: -chances[node])  # a child never comes before its parent
+        if self.max_nodes == "auto":
+            count = self._best_size(model, batch_size, [chances[node] for node in order])
+        else:
+            count = min(int(self.max_nodes), len(order))
+        self.drafted = RankTree([self.tree.paths[node] for node in order[:count]], self.steps, RANKS)
+
+    def _first(self, count: int) -> RankPaths:
+        return sorted(self.tree.paths, key=len)[:count]
+
+    def _best_size(self, model: PreTrainedModel, batch_size: int, chances: Sequence[float]) -> int:
+        seconds = self.step_seconds(model, batch_size, len(chances))
+        expected, best, count = 1.0, 1.0 / seconds[0], 0
+        for nodes, chance in enumerate(chances, start=1):
+            expected += chance
+            if expected / seconds[nodes] > best:
+                best, count = expected / seconds[nodes], nodes
+        return count
+
+    @abstractmethod
+    def step_seconds(self, model: PreTrainedModel, batch_size: int, nodes: int) -> Sequence[float]:
+        """Seconds of a step with 0, 1, ... ``nodes`` drafted nodes: 0 is plain decoding."""
