@@ -10,6 +10,7 @@ from heedful.training.evaluate import evaluate
 from heedful.training.hidden_transfer import train_hidden_transfer
 from heedful.training.longspec import train_longspec
 from heedful.training.medusa import self_distill, train_medusa
+from heedful.training.moh import train_moh
 from heedful.training.pretrain import pretrain
 from heedful.training.refine import refine
 from heedful.training.sinklora import extend_context, train_sinklora
@@ -24,5 +25,6 @@ __all__ = [
     "train_hidden_transfer",
     "train_longspec",
     "train_medusa",
+    "train_moh",
     "train_sinklora",
 ]
