@@ -1,6 +1,7 @@
 """Decoding speed of heedful (plain loop and every drafter) against transformers (generate, prompt lookup) on the bundled model: 60 Spec-Bench questions and 60 continuations of held-out books, in one run, same dtype, outputs compared.
 
     python benchmarks/decode.py [--device cuda] [--data ../shared/data] [--time-limit 170] [--books 60] [--per-category 10]
+    python benchmarks/decode.py --model runs/large    # a model of large_model.py, with its drafters
 
 Prints a markdown table and writes ``reproductions/results/decode-<device>.json``, and the picture beside it.
 """
@@ -55,6 +56,21 @@ def questions(data: Path, per_category: int, books: int) -> list[Question]:
     return interleaved(groups)
 
 
+TRAINED = {"medusa": Medusa, "hidden-transfer": HiddenTransfer, "longspec": LongSpec}
+
+
+def drafters(model: Path | None) -> dict[str, Drafter]:
+    """Those without weights, and those trained for the model: the zoo's, or in its folder."""
+    folders = {slug: zoo.path(f"classics-20m-{slug}") if model is None else model / slug for slug in TRAINED}
+    return {
+        "prompt-lookup": PromptLookup(),
+        "token-recycling": TokenRecycling(),
+        "token-recycling, cold": TokenRecycling(),
+        "sequence": Sequence(PromptLookup(), TokenRecycling()),
+        **{slug: TRAINED[slug].from_pretrained(folder) for slug, folder in folders.items() if folder.exists()},
+    }
+
+
 def summary(result: DecodeBenchmark) -> str:
     ours = result.speedup("heedful, token-recycling")
     lines = [
@@ -77,6 +93,7 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=HERE.parent / ".." / "shared" / "data", help="the shared data folder"
     )
+    parser.add_argument("--model", type=Path, help="a folder with a model and its drafters; default: the zoo's")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on a CPU, else bfloat16"
@@ -96,21 +113,17 @@ def main() -> None:
 
     asked = questions(arguments.data, arguments.per_category, arguments.books)
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
-    model, tokenizer = zoo.load("classics-20m", dtype=getattr(torch, dtype), device=arguments.device)
-    drafters: dict[str, Drafter] = {
-        "prompt-lookup": PromptLookup(),
-        "token-recycling": TokenRecycling(),
-        "token-recycling, cold": TokenRecycling(),
-        "sequence": Sequence(PromptLookup(), TokenRecycling()),
-        "medusa": Medusa.from_pretrained(zoo.path("classics-20m-medusa")),
-        "hidden-transfer": HiddenTransfer.from_pretrained(zoo.path("classics-20m-hidden-transfer")),
-        "longspec": LongSpec.from_pretrained(zoo.path("classics-20m-longspec")),
-    }
+    if arguments.model is None:
+        model, tokenizer = zoo.load("classics-20m", dtype=getattr(torch, dtype), device=arguments.device)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, dtype))
+        model = model.to(arguments.device).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     result = bench_decode(
         model,
         tokenizer,
         asked,
-        drafters,
+        drafters(arguments.model),
         max_new_tokens=arguments.max_new_tokens,
         cold=["token-recycling, cold"],
         time_limit=arguments.time_limit,
@@ -119,7 +132,7 @@ def main() -> None:
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     figures = result.to_json()
     figures["setting"] |= {
-        "model": "classics-20m",
+        "model": "classics-20m" if arguments.model is None else arguments.model.name,
         "date": datetime.date.today().isoformat(),
         "commit": git.stdout.strip() or "unknown",
         "versions": {
@@ -134,6 +147,7 @@ def main() -> None:
     print()
     print(summary(result))
     device = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name().split()[-1].lower()
+    device += "" if arguments.model is None else f"-{arguments.model.name}"
     out = arguments.out or HERE.parent / "reproductions" / "results" / f"decode-{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(figures, indent=2) + "\n")

@@ -316,3 +316,28 @@ def test_pairs_are_those_of_the_text():
     assert (
         own.pairs[known] == expected.pairs[known]
     ).mean() > 0.9  # the last step's tokens are noted with the next step
+
+
+def test_a_corpus_warms_the_first_prompt():
+    """`warm` writes what the model says behind every token of the corpus, and the text's own pairs."""
+    model = build("llama", dtype=torch.float64)
+    batch = inputs(model, batch=1)
+    text = model.generate(**batch, **GREEDY)[0]
+    with pytest.raises(ValueError, match="at least 512 tokens"):
+        TokenRecycling().warm(text, model)
+    cold, warm = TokenRecycling(max_nodes=20), TokenRecycling(max_nodes=20).warm(text, model, length=len(text))
+    logits = model(text[None]).logits[0]
+    last = {int(token): at for at, token in enumerate(text)}
+    for token, at in last.items():
+        assert warm.matrices[0].tokens[token].tolist() == logits[at].float().topk(8).indices.tolist()
+    steps = [heedful.generate(model, drafter=d, **batch, **GREEDY).stats.steps for d in (warm, cold)]
+    assert steps[0] < steps[1]
+
+
+def test_sessions_do_not_see_each_other():
+    model = build("llama", dtype=torch.float64)
+    first, second = TokenRecycling(max_nodes=20), TokenRecycling(max_nodes=20)
+    alone = heedful.generate(model, drafter=TokenRecycling(max_nodes=20), **inputs(model, batch=1), **GREEDY).stats
+    heedful.generate(model, drafter=first, **inputs(model, batch=1, seed=1), **GREEDY)
+    beside = heedful.generate(model, drafter=second, **inputs(model, batch=1), **GREEDY).stats
+    assert beside.accepted == alone.accepted
