@@ -53,6 +53,10 @@ def decode(
 ) -> dict[str, Any]:
     """Greedy decoding of each prompt ``(1, T)``: tokens a step and per second without prefill, and outputs that differ."""
     entries, seconds, steps, sequences = [], 0.0, 0, []
+    prompts = list(prompts)
+    if model.device.type == "cuda" and options.get("engine") != "eager":
+        heedful.decoding.release_graphs(model)  # captured for another tree, perhaps
+        heedful.generate(model, prompts[0].to(model.device), drafter, do_sample=False, **options)
     for prompt in prompts:
         result = heedful.generate(model, prompt.to(model.device), drafter, do_sample=False, **options)
         entries += result.stats.accepted[0]

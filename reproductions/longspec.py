@@ -114,7 +114,6 @@ def measure(block: LongSpec, name: str, device: str, data: Path, quick: bool) ->
     for shape, widths in SHAPES.items():
         block.tree_shape = widths
         found = decode(model, prompts, block, texts, **options)
-        heedful.decoding.release_graphs(model)  # captured for another shape
         figures["trees"][shape] = {
             "tokens_per_step": round(found["tokens_per_step"], 3),
             "speedup_over_the_loop_without_a_tree": round(found["tokens_per_second"] / plain["tokens_per_second"], 2),

@@ -219,7 +219,10 @@ class RankDrafter(TrainedDrafter):
         self.set_tree(tree)
 
     def set_tree(self, paths: RankPaths, accuracies: list[list[float]] | None = None) -> None:
-        """Replaces the tree: nodes as paths of ranks; with ``accuracies`` it can be cut to what pays on a device."""
+        """Replaces the tree: nodes as paths of ranks; with ``accuracies`` it can be cut to what pays on a device.
+
+        CUDA graphs that were captured keep the tree they were captured with: `heedful.decoding.release_graphs`.
+        """
         self.tree = self.drafted = RankTree(paths, self.steps, RANKS)
         self.accuracies = accuracies if accuracies is not None else self.accuracies
         if isinstance(config := getattr(self, "_hub_mixin_config", None), dict):

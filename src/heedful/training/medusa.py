@@ -28,6 +28,7 @@ def train_medusa(
     stage: int = 1,
     drafter: Medusa | None = None,
     num_heads: int = 4,
+    num_layers: int = 1,
     share_lm_head: bool = True,
     steps: int = 1000,
     batch_size: int = 16,
@@ -54,7 +55,7 @@ def train_medusa(
         data: a file of text (`read_documents`); the model's own answers are best (`self_distill`).
         out: result folder.
         stage: 1 or 2. drafter: to begin with; default: untrained heads.
-        num_heads, share_lm_head: of new heads.
+        num_heads, num_layers, share_lm_head: of new heads.
         steps, batch_size, length, seed: of the training. lr: of the heads; default 1e-3, in stage 2 4e-4 (the model's: a quarter).
         weighting: "decay" or "equal". head_weight: w, constant or, with ``head_weight_schedule="sine"``,
             ``w sin(pi/2 step/steps)`` (self-distilled models: w = 0.01).
@@ -68,7 +69,9 @@ def train_medusa(
         raise ValueError(f"weighting must be 'decay' or 'equal', got {weighting!r}")
     if head_weight_schedule not in ("constant", "sine"):
         raise ValueError(f"head_weight_schedule must be 'constant' or 'sine', got {head_weight_schedule!r}")
-    drafter = drafter or Medusa.for_model(model, num_heads=num_heads, share_lm_head=share_lm_head)
+    drafter = drafter or Medusa.for_model(
+        model, num_heads=num_heads, num_layers=num_layers, share_lm_head=share_lm_head
+    )
     drafter.weighting, drafter.scale = weighting, head_weight
     out = Path(out)
     common = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, **options}
