@@ -17,6 +17,7 @@ _EXPORTS = {
     "Edit": "heedful.seam",
     "Kernel": "heedful.seam",
     "Probe": "heedful.seam",
+    "register_attention": "heedful.seam",
     "HiPAttention": "heedful.kernels",
     "generate": "heedful.decoding",
 }
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from heedful import attention, catalog, decoding, interp, kernels, layers, models, steering, training, zoo
     from heedful.decoding import generate
     from heedful.kernels import HiPAttention
-    from heedful.seam import AttentionCall, Edit, Kernel, Probe, attach
+    from heedful.seam import AttentionCall, Edit, Kernel, Probe, attach, register_attention
 
 
 def __getattr__(name: str) -> Any:

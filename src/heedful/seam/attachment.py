@@ -151,7 +151,8 @@ class Attachment:
                 raise TypeError(
                     f"{part!r} is not a part: give instances of heedful.Kernel, heedful.Edit or heedful.Probe."
                 )
-            plans.append(_Plan(part, cross, attention, model))
+            plans.append(Plan(part, cross))
+            plans[-1].check(attention, model)
         for found in attention:
             check_implementation(found)
             selected = []
@@ -179,12 +180,11 @@ class Attachment:
         self._active = True
 
 
-class _Plan:
+class Plan:
     """A part's selectors, read once."""
 
-    def __init__(self, part: Part, cross: bool, attention: Sequence[Found], model: nn.Module) -> None:
+    def __init__(self, part: Part, cross: bool) -> None:
         self.part, self.name, self.cross = part, type(part).__name__, cross or part.cross
-        known = sorted({found.layer for found in attention if self.cross or not found.cross})
         self.layers = None if part.layers is None else _indices(f"{self.name}: layers", part.layers)
         self.by_layer: dict[int, tuple[int, ...]] | None = None
         self.heads: tuple[int, ...] | None = None
@@ -192,9 +192,13 @@ class _Plan:
             self.by_layer = {layer: self._heads(heads) for layer, heads in part.heads.items()}
         elif part.heads is not None:
             self.heads = self._heads(part.heads)
+        self.rows, self.steps = self._rows(part.rows), self._steps(part.steps)
+
+    def check(self, attention: Sequence[Found], model: nn.Module) -> None:
+        """Refuses layers that the model does not have."""
+        known = sorted({found.layer for found in attention if self.cross or not found.cross})
         _check_layers(self.name, self.layers, known, model)
         _check_layers(self.name, None if self.by_layer is None else tuple(self.by_layer), known, model)
-        self.rows, self.steps = self._rows(part.rows), self._steps(part.steps)
 
     def _heads(self, heads: Iterable[int]) -> tuple[int, ...]:
         heads = _indices(f"{self.name}: heads", heads)

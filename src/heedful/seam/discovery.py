@@ -11,8 +11,9 @@ import copy
 import inspect
 import re
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -20,11 +21,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from heedful.seam.site import Site
 
 NAME = "heedful"
+S = TypeVar("S", bound=Site)
 _NOT_BY_NAME = (
     f"The attention implementation {NAME!r} is not chosen by name: set the model back to 'sdpa' and use "
     "heedful.attach(model, ...)."
 )
-_CROSS = re.compile(r"cross|encoder_attn|encdecattention|encoder_decoder", re.IGNORECASE)
+CROSS = re.compile(r"cross|encoder_attn|encdecattention|encoder_decoder", re.IGNORECASE)
 
 
 def _function(
@@ -138,14 +140,15 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _forward(module: nn.Module) -> Any:
+def forward_of(module: nn.Module) -> Any:
+    """The forward of the module's class, without decorators."""
     # The class's forward: accelerate and others replace the instance's.
     return inspect.unwrap(type(module).forward)
 
 
 def has_interface(module: nn.Module) -> bool:
     """Whether the module's forward asks transformers' attention interface for its function."""
-    code = getattr(_forward(module), "__code__", None)
+    code = getattr(forward_of(module), "__code__", None)
     return code is not None and {"get_interface", "config"} <= set(code.co_names) and _eager_name(code) is not None
 
 
@@ -180,7 +183,7 @@ def find_attention(model: nn.Module) -> tuple[nn.Module, list[Found]]:
         if not has_interface(module):
             continue
         layer, stack = _layer_of(name, module, root)
-        cross = bool(_CROSS.search(name) or _CROSS.search(type(module).__name__)) or bool(
+        cross = bool(CROSS.search(name) or CROSS.search(type(module).__name__)) or bool(
             getattr(module, "is_cross_attention", False)
         )
         found.append(Found(name, module, layer, cross, stack))
@@ -216,13 +219,13 @@ def query_heads(module: nn.Module) -> int | None:
     return None
 
 
-def new_site(found: Found) -> Site:
-    """The attach state for a module that has none yet.
+def new_site(found: Found, kind: Callable[..., S] = Site) -> S:  # type: ignore[assignment]
+    """The attach state for a module that has none yet, made by `kind`.
 
     Raises:
         ValueError: If the module runs other code by the name of its implementation.
     """
-    forward = _forward(found.module)
+    forward = forward_of(found.module)
     code = forward.__code__
     constants = {c for k in code.co_consts for c in (k if isinstance(k, tuple) else (k,)) if isinstance(c, str)}
     implementation = getattr(found.module.config, "_attn_implementation", None)
@@ -239,7 +242,7 @@ def new_site(found: Found) -> Site:
         )
     parameters = tuple(inspect.signature(forward).parameters)[1:]
     functions = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
-    return Site(found.module, found.layer, found.cross, parameters, functions, forward.__globals__[_eager_name(code)])
+    return kind(found.module, found.layer, found.cross, parameters, functions, forward.__globals__[_eager_name(code)])
 
 
 def check_implementation(found: Found) -> None:

@@ -23,12 +23,12 @@ from heedful.seam.weights import Weights
 UNKNOWN_TO_DENSE = ("indices", "block_indices", "sinks", "cache", "cu_seq_lens_q")
 
 
-def _nothing(*args: Any) -> None:
+def nothing(*args: Any) -> None:
     """What a pickled model keeps in the place of our pre-hook."""
 
 
 def _inert_hook() -> Callable[..., None]:
-    return _nothing
+    return nothing
 
 
 def thread() -> int:

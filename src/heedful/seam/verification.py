@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from heedful.seam.discovery import sites_in
+from heedful.seam.naming import named_kernel
 from heedful.seam.parts import Kernel, Part
 from heedful.seam.site import thread
 
@@ -65,6 +66,13 @@ class Verification:
                     )
                 if all(part is not known for known in self._parts):
                     self._parts.append(part)
+        for module in model.modules():
+            kernel = named_kernel(module)
+            if kernel is not None and not kernel.honours_mask:
+                raise ValueError(
+                    f"the attention implementation {module.config._attn_implementation!r} ({type(kernel).__name__}) "  # type: ignore[union-attr]
+                    "cannot honour the mask of drafted tokens. Generate with drafter=None, or choose another one."
+                )
 
     @property
     def attached(self) -> bool:
