@@ -40,8 +40,12 @@ def convert_to_moh(
     over their deviation). With `output_attentions=True` the model's `attentions` are the routing, a tensor
     `(B, T, E, 2)` a layer: probability and choice (0 or 1) of each routed head; `balance_loss` takes them.
 
-    Saved and loaded as ever: the config holds the conversion (`config.moh`). Load it where heedful.layers has been
-    imported; elsewhere transformers refuses the attention by its name, "moh".
+    Saved and loaded as ever: the config holds the conversion (`config.moh`). Load it after `import heedful.layers.moh`;
+    elsewhere transformers refuses the attention by its name, "moh". (transformers takes the name out of a config as it loads:
+    a loaded model that never ran is converted again before it is saved again.)
+
+    A head's query is what its attention call gets: in models that norm queries (Qwen3, Gemma3) the normed one, whose length
+    the norm's weights make.
 
     Example:
         >>> import heedful
