@@ -30,6 +30,8 @@ class H2OLayer(DynamicLayer):
     """
 
     is_croppable = False
+    keys: Any
+    values: Any
 
     def __init__(self, heavy_budget: int | float, recent_budget: int | float, **_: Any) -> None:
         super().__init__()
@@ -209,7 +211,7 @@ class H2OCache(Cache):
             return
         text = config.get_text_config(decoder=True)
         kinds = getattr(text, "layer_types", None)
-        window = getattr(text, "sliding_window", None)
+        window: Any = getattr(text, "sliding_window", None)
         if kinds is None:
             kinds = ["sliding_attention" if window else "full_attention"] * text.num_hidden_layers
         other = sorted(set(kinds) - {"full_attention", "sliding_attention"})
