@@ -192,3 +192,17 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     ]
     errors = [run.communicate(timeout=120)[1] for run in runs]
     assert all(run.returncode == 0 for run in runs), errors
+
+
+def test_by_name_as_an_attention_implementation():
+    model = build("qwen3")
+    given = inputs(model, length=17, padding="left")
+    expected = model(**given).logits
+    by_part = gradients(model.train(), ShiftedSparseAttention(**SMALL), **given)
+    heedful.register_attention("sf_attention", ShiftedSparseAttention(**SMALL))
+    model.set_attn_implementation("sf_attention")
+    by_name = gradients(model, **given)
+    for a, b in zip(by_part[1], by_name[1], strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(model.eval()(**given).logits, expected)
+    model.set_attn_implementation("sdpa")
