@@ -28,8 +28,13 @@ class ShiftedSparseAttention(Kernel):
         >>> import heedful
         >>> model, tokenizer = heedful.zoo.load("classics-20m")
         >>> batch = tokenizer("It was the best of times, " * 200, return_tensors="pt")
-        >>> with heedful.attach(model.train(), heedful.ShiftedSparseAttention()):
+        >>> with heedful.attach(model.train(), heedful.kernels.ShiftedSparseAttention()):
         ...     model(**batch, labels=batch["input_ids"]).loss.backward()
+
+        The same by name, for a Trainer that is given the model (or `from_pretrained(..., attn_implementation=)`):
+
+        >>> named = heedful.register_attention("sf_attention", heedful.kernels.ShiftedSparseAttention())
+        >>> model.set_attn_implementation("sf_attention")
 
     Args:
         group_size: Tokens of a group. Default None: by `group_size_ratio`.

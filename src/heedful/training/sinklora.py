@@ -149,7 +149,7 @@ def train_sinklora(
 
     Positions are interpolated (`extend_context`); LoRA on q, k, v, o, and all norms and embeddings are trained, by AdamW
     at a constant rate after a linear warm-up; attention is restricted to groups while training
-    (`heedful.ShiftedSparseAttention`) and dense in the result. The model that was given becomes the tuned one. Under
+    (`heedful.kernels.ShiftedSparseAttention`) and dense in the result. The model that was given becomes the tuned one. Under
     `accelerate launch` the rows of a batch are shared among the processes; a run that was killed goes on from its last
     checkpoint when called again with the same arguments.
 
@@ -173,7 +173,7 @@ def train_sinklora(
         lr: Learning rate. Default 2e-5, for 7B models; small models take 10 to 50 times that.
         warmup_steps, weight_decay, clip: Of AdamW. Default 20, 0, 1.
         rank, alpha, dropout: Of LoRA. Default 8, 16, 0.
-        group_size_ratio, shift_ratio, num_sink_tokens, boundary: Of `heedful.ShiftedSparseAttention`. The defaults are
+        group_size_ratio, shift_ratio, num_sink_tokens, boundary: Of `heedful.kernels.ShiftedSparseAttention`. The defaults are
             SF-Attn; `shift_ratio=0.5, num_sink_tokens=0, boundary="wrap"` is LongLoRA; `group_size_ratio=1.0` trains
             with the model's own full attention.
         gradient_checkpointing: Less memory for a third more time. Default False.
