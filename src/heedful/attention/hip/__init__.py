@@ -81,6 +81,12 @@ def hip_attention(
             where neighbours score alike, its error grows by 0 to 3 %.
         sample_method: The block that represents a node: "center", "first", "last" or "random"; "oracle" scores a node
             by the best of its blocks, which is quadratic and gives the exact top blocks, to compare with.
+        stages: Search as InfiniteHiP does, instead of the tree: `[(block_size_q, block_stride_q, chunk_size, budget),
+            ...]`. A stage scores the chunks of `chunk_size` tokens that the stage before kept (its `budget` tokens; None
+            for the first, which visits all) by a search through their halves with the means of `block_stride_q`
+            queries; the last keeps `top_k` tokens. Sizes of blocks and chunks are multiples of the next stage's,
+            chunks powers of 2. Replaces the block arguments and `sample_method`. The authors' choice is `[(64, 4, 256,
+            None), (64, 4, 32, 32768), (64, 1, 8, 8192)]` with top_k 2048, window 1024 and 256 sinks.
         mask: The choice of an earlier call, instead of a search: of a call of the same shape, or of one whose rows are
             all older, as in decoding. Then its last query block's choice serves, and the windows reach back to where
             that block's search ended. Sizes are the mask's own, those above are not used.
@@ -88,15 +94,18 @@ def hip_attention(
         attention_mask: bool `(B, Tk)`, True for real tokens. Positions, sinks and key blocks count from the first real
             token of a row, so that left padding by a multiple of `block_size_q` changes nothing. Right padding does not
             change real rows either.
+        head_group_size: So many neighbouring heads share a choice, made by the maximum of their scores.
         scale: Factor on the dot products; None for `D ** -0.5`.
         softcap: Logits become `softcap * tanh(logits / softcap)`, as in Gemma 2. The choice is the same without.
         sink_logits: `(Hq,)`, a logit of each head that takes its share of the softmax and gives nothing, as in gpt-oss.
         generator: For `sample_method="random"`, on the query's device; None for torch's own.
-        impl: "auto" or "reference" (plain PyTorch, on every device, differentiable with the choice held constant).
+        impl: "reference" (plain PyTorch, on every device, differentiable with the choice held constant), "triton"
+            (CUDA; float32, bfloat16 or float16; D and Dv of 16, 32, 64, 128 or 256; no gradients) or "auto": Triton
+            where it can, else the reference.
 
     Returns:
         `(B, Hq, Tq, Dv)` in the query's dtype, and the `HiPMask` if `return_mask`. Sums are float32. A row that sees
-        no key (a query that is padding) gives 0.
+        no key (a query that is padding) gives 0. Empty inputs give an empty output.
 
     Raises:
         ValueError: If a shape, dtype or argument does not fit, before any work.
@@ -145,8 +154,7 @@ def hip_attention(
         raise ValueError(f"sink_logits must be ({query.shape[1]},), got shape {tuple(sink_logits.shape)}")
 
     if stages is not None:
-        stages = [tuple(stage) for stage in stages]
-        block_size_q, block_stride_q, block_size_k = stages[-1][0], 1, stages[-1][2]
+        block_size_q, _, block_size_k, _ = stages[-1]
     if 0 in query.shape[:3]:
         return _empty(
             query,
@@ -251,9 +259,10 @@ def _backend(
             reason = triton.refuses(query, key, value, 1, rows, rows, 1)
         else:
             nodes = -(-min(top_k, key.shape[2]) // block_size_k)
-            reason = triton.refuses(query, key, value, nodes, rows, block_stride_q, head_group_size)
-            if stages is not None and reason is None:
-                reason = triton.refuses_stages(stages, head_group_size)
+            if stages is None:
+                reason = triton.refuses(query, key, value, nodes, rows, block_stride_q, head_group_size)
+            else:
+                reason = triton.refuses(query, key, value, 1, rows, rows, 1) or triton.refuses_stages(stages)
         if reason is None:
             return triton
     if impl == "triton":

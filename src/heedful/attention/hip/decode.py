@@ -339,14 +339,14 @@ def _check(
                 f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}: they must be "
                 "alike, of a floating-point dtype"
             )
-    for name, tensor in (("lengths", lengths), ("first_real", first_real)):
-        if tensor is None:
+    for name, number in (("lengths", lengths), ("first_real", first_real)):
+        if number is None:
             continue
-        fits = tensor.shape == (batch,) and tensor.dtype in (torch.int32, torch.int64)
-        if not fits or tensor.device != query.device:
+        fits = number.shape == (batch,) and number.dtype in (torch.int32, torch.int64)
+        if not fits or number.device != query.device:
             raise ValueError(
-                f"{name} must be int32 or int64 ({batch},) on {query.device}, got {tensor.dtype} "
-                f"{tuple(tensor.shape)} on {tensor.device}"
+                f"{name} must be int32 or int64 ({batch},) on {query.device}, got {number.dtype} "
+                f"{tuple(number.shape)} on {number.device}"
             )
     if (state.batch, state.heads) != (batch, heads) or state.blocks.device != query.device:
         raise ValueError(

@@ -1131,7 +1131,7 @@ def _launch_scan(
     finest = coarse // steps[-1][0]
     run = max(1, _SCAN_SCORES // (batch * heads * max(counts) * finest))
     for lo in range(0, -(-num_queries // coarse_rows), run):
-        starts = None
+        starts: Tensor | None = None
         for number, (block, stride, chunk, _) in enumerate(steps):
             rows = min(block, num_queries)
             finer = coarse // block
@@ -1200,6 +1200,7 @@ def _launch_scan(
                 num_warps=4,
             )
             starts = output
+        assert starts is not None
         chosen = torch.where(starts >= 0, starts // steps[-1][2], -1)[..., :nodes]
         blocks[:, :, begin : begin + some, : chosen.shape[3]] = chosen
     return blocks
@@ -1296,7 +1297,7 @@ def refuses(
     return None
 
 
-def refuses_stages(stages: Sequence[Stage], shared: int) -> str | None:
+def refuses_stages(stages: Sequence[Stage]) -> str | None:
     """Why the kernels cannot take these stages; None if they can."""
     for block_size_q, block_stride_q, _, _ in stages:
         if -(-block_size_q // block_stride_q) > 128:
