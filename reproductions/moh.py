@@ -44,16 +44,16 @@ CONTEXT = 4096
 class CharModel(nn.Module):
     """Pre-norm transformer, learned positions, tied embeddings; `heads` = (shared, routed active) or None for all."""
 
-    def __init__(self, size: int, heads: tuple[int, int] | None, width: int = 64, layers: int = 2, length: int = 64) -> None:
+    def __init__(
+        self, size: int, heads: tuple[int, int] | None, width: int = 64, layers: int = 2, length: int = 64
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.embed, self.place = nn.Embedding(size, width), nn.Embedding(length, width)
         nn.init.normal_(self.embed.weight, std=0.02)
         nn.init.normal_(self.place.weight, std=0.02)
         shared, routed = heads or (8, 0)
-        self.attention = nn.ModuleList(
-            MixtureOfHeads(width, 8, shared, routed, causal=True) for _ in range(layers)
-        )
+        self.attention = nn.ModuleList(MixtureOfHeads(width, 8, shared, routed, causal=True) for _ in range(layers))
         if heads is None:  # plain multi-head attention: gates that are always 1
             for layer in self.attention:
                 layer.shared_router.weight.requires_grad_(False).zero_()
@@ -73,7 +73,9 @@ class CharModel(nn.Module):
         return self.norms[-1](x) @ self.embed.weight.T, torch.stack(losses)
 
 
-def char_model(text: Tensor, held_out: Tensor, size: int, heads: tuple[int, int] | None, seed: int, device: str) -> dict[str, float]:
+def char_model(
+    text: Tensor, held_out: Tensor, size: int, heads: tuple[int, int] | None, seed: int, device: str
+) -> dict[str, float]:
     steps, length, batch = 1500, 64, 16
     torch.manual_seed(seed)
     model = CharModel(size, heads).to(device)
@@ -143,7 +145,9 @@ class Ahead(torch.utils.data.Dataset[Tensor]):
     """`Rows`, made by other processes ahead of the steps that ask for them in order."""
 
     def __init__(self, rows: Rows, workers: int) -> None:
-        loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
+        loader = torch.utils.data.DataLoader(
+            rows, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+        )
         self.rows, self.batches, self.next = rows, iter(loader), 0
 
     def __len__(self) -> int:
@@ -184,7 +188,9 @@ def judge(model: Any, tokenizer: Any, held_out: list[str]) -> dict[str, float]:
     return {"bits_per_byte": round(bits, 4), "needle_recall": round(needles.recall, 3)}
 
 
-def continued(books: list[str], held_out: list[str], seconds: float, options: dict[str, Any], control: bool, device: str) -> dict[str, Any]:
+def continued(
+    books: list[str], held_out: list[str], seconds: float, options: dict[str, Any], control: bool, device: str
+) -> dict[str, Any]:
     def load() -> Any:
         return heedful.zoo.load("classics-20m")[0].float().to(device)
 
@@ -208,7 +214,15 @@ def continued(books: list[str], held_out: list[str], seconds: float, options: di
 
     def train(name: str, steps: int, context: Any) -> None:
         model = load()
-        rows = Rows(corpus, rows=batch, length=CONTEXT, shares=(1 - options["recall"], 0.0, options["recall"]), first_step=0, steps=steps, seed=1)
+        rows = Rows(
+            corpus,
+            rows=batch,
+            length=CONTEXT,
+            shares=(1 - options["recall"], 0.0, options["recall"]),
+            first_step=0,
+            steps=steps,
+            seed=1,
+        )
         start = time.perf_counter()
         with context, tempfile.TemporaryDirectory() as folder:
             train_moh(
@@ -224,9 +238,9 @@ def continued(books: list[str], held_out: list[str], seconds: float, options: di
             "steps": steps, "tokens_millions": round(steps * batch * CONTEXT / 1e6, 1), "train_seconds": round(took, 1),
         }  # fmt: skip
 
-    start = time.perf_counter()
+    time.perf_counter()
     train("converted, 4 steps", 4, contextlib.nullcontext())
-    start = time.perf_counter()
+    time.perf_counter()
     train("converted, 12 steps", 12, contextlib.nullcontext())
     a_step = figures["converted, 12 steps"]["train_seconds"] / 12
     del figures["converted, 4 steps"], figures["converted, 12 steps"]
@@ -280,7 +294,8 @@ def main() -> None:
             "bits per byte within 1 % of all heads": after["bits_per_byte"] <= 1.01 * before["bits_per_byte"],
             "at most a tenth of the tokens": after["tokens_millions"] * 1e6 <= PRETRAINED_ON / 10,
             "needles within 0.05 of all heads": after["needle_recall"] >= before["needle_recall"] - 0.05,
-            "better than random heads, untrained": tuned["converted"]["bits_per_byte"] < tuned["random heads"]["bits_per_byte"],
+            "better than random heads, untrained": tuned["converted"]["bits_per_byte"]
+            < tuned["random heads"]["bits_per_byte"],
         }
         if "random heads, trained" in tuned:
             accepted["better than random heads, trained"] = (

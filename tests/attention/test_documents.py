@@ -64,7 +64,9 @@ def test_starts(rows):
 
 
 def test_positions_that_do_not_begin_at_zero():
-    positions = torch.tensor([[5, 6, 7, 3, 4], [1, 2, 9, 10, 11]])  # a row's first token begins one, whatever its position
+    positions = torch.tensor(
+        [[5, 6, 7, 3, 4], [1, 2, 9, 10, 11]]
+    )  # a row's first token begins one, whatever its position
     assert document_starts(positions).int().tolist() == [[1, 0, 0, 1, 0], [1, 0, 1, 0, 0]]
 
 

@@ -42,7 +42,9 @@ def tensors(batch, kv_heads, groups, length, keys, dim, seed=0, dtype=torch.floa
     more=st.integers(0, 9), dim=st.sampled_from([1, 5, 8]), data=st.data(),
 )  # fmt: skip
 def test_reference_is_the_masked_form(batch, kv_heads, groups, length, more, dim, data):
-    query, key, value, active = tensors(batch, kv_heads, groups, length, length + more, dim, data.draw(st.integers(0, 99)))
+    query, key, value, active = tensors(
+        batch, kv_heads, groups, length, length + more, dim, data.draw(st.integers(0, 99))
+    )
     causal = data.draw(st.booleans())
     window = data.draw(st.sampled_from([None, 1, 4])) if causal else None
     mask = torch.rand(batch, length + more) < 0.7 if data.draw(st.booleans()) else None
@@ -92,7 +94,9 @@ def test_an_unchosen_pair_gives_and_gets_no_gradient():
     query, key, value, active = tensors(2, 2, 1, 8, 8, 4)
     query.requires_grad_()
     (grad,) = torch.autograd.grad(routed_attention(query, key, value, active).square().sum(), query)
-    assert torch.equal((grad != 0).any(-1).transpose(1, 2), active & (torch.arange(8) > 0)[:, None])  # row 0 sees one key
+    assert torch.equal(
+        (grad != 0).any(-1).transpose(1, 2), active & (torch.arange(8) > 0)[:, None]
+    )  # row 0 sees one key
 
 
 @pytest.mark.parametrize("which", ["query", "key", "value"])
@@ -138,7 +142,12 @@ def test_empty_single_and_half_precision():
     query, key, value, active = tensors(2, 1, 2, 5, 5, 4)
     assert routed_attention(query[:, :, :0], key, value, active[:, :0]).shape == (2, 2, 0, 4)
     assert routed_attention(query[:0], key[:0], value[:0], active[:0]).shape == (0, 2, 5, 4)
-    assert routed_projection(torch.zeros(2, 0, 4), torch.zeros(3, 4, 2), torch.zeros(2, 0, 3).bool()).shape == (2, 0, 3, 2)
+    assert routed_projection(torch.zeros(2, 0, 4), torch.zeros(3, 4, 2), torch.zeros(2, 0, 3).bool()).shape == (
+        2,
+        0,
+        3,
+        2,
+    )
     one = routed_attention(query[:, :, -1:], key, value, active[:, -1:])
     assert torch.allclose(one, routed_attention(query, key, value, active)[:, :, -1:], atol=1e-12)
     half = routed_attention(query.half(), key.half(), value.half(), active)

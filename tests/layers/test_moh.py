@@ -118,7 +118,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: layer(x, return_routing=True)[1][1], x)
     layer = layer_of(causal=True)
     x = torch.randn(1, 5, 24, dtype=torch.float64)
-    y, (gates, loss) = layer(x, return_routing=True)
+    y, (_gates, loss) = layer(x, return_routing=True)
     for of in (y.square().sum(), loss):
         (grad,) = torch.autograd.grad(of, layer.router.weight, retain_graph=True)
         assert (grad.abs().sum(1) > 0).all()
@@ -139,7 +139,7 @@ def test_causal_padded_and_independent_rows():
         mask = torch.zeros(3, 11, dtype=torch.bool)
         for row, first in enumerate((0, 3, 1)):  # padding left and right of the text
             padded[row, first : first + 8], mask[row, first : first + 8] = x[row], True
-        got, (gates, loss) = layer(padded, return_routing=True, attention_mask=mask)
+        got, (_gates, loss) = layer(padded, return_routing=True, attention_mask=mask)
         assert torch.allclose(got[mask], y.flatten(0, 1), atol=1e-12)
         assert torch.allclose(loss, layer(x, return_routing=True)[1][1], atol=1e-12)
 
@@ -423,7 +423,7 @@ def test_conversion_refuses_what_it_cannot_do(ids):
         convert_to_moh(model)
     with pytest.raises(ValueError, match="several models"):
         convert_to_moh(build("gemma3"))
-    with pytest.raises(ValueError, match="routed.*softcap"):
+    with pytest.raises(ValueError, match=r"routed.*softcap"):
         convert_to_moh(build("gemma2"), attention="routed")
     softcapped = convert_to_moh(build("gemma2", attn="eager"), 0.5, 0.25)
     assert softcapped(ids).logits.isfinite().all()

@@ -40,7 +40,9 @@ def log_of(out):
 
 
 def test_it_learns_and_loads(text, tmp_path):
-    out = train_moh(build("llama"), Letters(), text, tmp_path / "out", **SMALL | {"steps": 60}, lr=3e-3, shared_ratio=0.25)
+    out = train_moh(
+        build("llama"), Letters(), text, tmp_path / "out", **SMALL | {"steps": 60}, lr=3e-3, shared_ratio=0.25
+    )
     log = log_of(out)
     assert log[-1]["next_token"] < 0.7 * log[0]["next_token"]
     assert 2 <= log[-1]["balance"] <= 3  # two of three routed heads
@@ -69,7 +71,10 @@ def test_goes_on_after_a_kill(text, tmp_path):
     for stop in (2, None):
         part = train_moh(build("llama"), Letters(), text, tmp_path / "part", **SMALL, stop_after=stop)
     assert log_of(part)[-1]["loss"] == log_of(whole)[-1]["loss"]
-    a, b = (torch.cat([p.flatten() for p in transformers.AutoModelForCausalLM.from_pretrained(f).parameters()]) for f in (whole, part))
+    a, b = (
+        torch.cat([p.flatten() for p in transformers.AutoModelForCausalLM.from_pretrained(f).parameters()])
+        for f in (whole, part)
+    )
     assert torch.equal(a, b)
     train_moh(build("llama"), Letters(), text, tmp_path / "other", **SMALL, stop_after=1)
     with pytest.raises(ValueError, match="is of a run with"):
@@ -121,7 +126,10 @@ train_moh(build("llama"), Letters(), {str(text)!r}, {str(tmp_path / "two")!r}, s
     }  # fmt: skip
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", code], env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-c", code],
+            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for r in range(2)
     ]

@@ -201,7 +201,9 @@ def routed_projection(
             from heedful.attention.head_routing import triton
 
             dispatch = active if isinstance(active, HeadDispatch) else dispatch_heads(chosen)
-            flat = triton.routed_projection_op(x.flatten(0, 1), weight, bias, dispatch.active.flatten(0, 1), dispatch.rows, dispatch.before)
+            flat = triton.routed_projection_op(
+                x.flatten(0, 1), weight, bias, dispatch.active.flatten(0, 1), dispatch.rows, dispatch.before
+            )
             return flat.unflatten(0, x.shape[:2])
         return reference.routed_projection(x, weight, bias, chosen)
 
@@ -240,7 +242,9 @@ def _check_attention(
 ) -> None:  # fmt: skip
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4 or not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating-point (B, H, T, D), got {tensor.dtype} of shape {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must be floating-point (B, H, T, D), got {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ValueError(
                 f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
@@ -254,7 +258,9 @@ def _check_attention(
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of key")
     if causal and length > keys:
-        raise ValueError(f"query has {length} rows and key only {keys}: causal rows need their own keys; or set causal=False")
+        raise ValueError(
+            f"query has {length} rows and key only {keys}: causal rows need their own keys; or set causal=False"
+        )
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be an integer of at least 1, or None for no window, got {window!r}")
     if window is not None and not causal:

@@ -681,7 +681,7 @@ def routed_projection_op(
 ) -> Tensor:
     """`x (N, C)` times `weight (H, C, D)` for the chosen pairs `active (N, H)`, 0 for the others: `(N, H, D)`."""
     x = _unit(x)
-    heads, reduction, dim = weight.shape
+    heads, _reduction, dim = weight.shape
     output = torch.zeros((x.shape[0], heads, dim), dtype=x.dtype, device=x.device)
     _launch_project(x, weight, bias, rows, before, None, output)
     return output
@@ -729,7 +729,7 @@ routed_projection_op.register_autograd(_projection_gradients, setup_context=_kee
 
 def grouped_output(x: Tensor, weight: Tensor, rows: Tensor, before: Tensor, active: Tensor, slots: int) -> Tensor:
     """`sum_h x[n, h] @ weight[h]` over the chosen heads alone: each head's rows by themselves, then each token's sum."""
-    tokens, heads, _ = x.shape
+    tokens, _heads, _ = x.shape
     slot = active.cumsum(1, dtype=torch.int32)
     parts = torch.empty((tokens, slots, weight.shape[2]), dtype=x.dtype, device=x.device)
     _launch_project(x, weight, None, rows, before, slot - 1, parts)

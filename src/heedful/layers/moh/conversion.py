@@ -103,7 +103,8 @@ def convert_to_moh(
             f"the attention implementation {attention!r} cannot be converted: pass attention='sdpa', 'eager' or 'routed'"
         )
     if attention == SKIPPING and (
-        getattr(config, "attn_logit_softcapping", None) or hasattr(config, "swiglu_limit") and hasattr(config, "num_local_experts")
+        getattr(config, "attn_logit_softcapping", None)
+        or (hasattr(config, "swiglu_limit") and hasattr(config, "num_local_experts"))
     ):
         raise ValueError("attention='routed' has no softcap and no sink logits: pass attention='eager'")
     config.moh = {"active_ratio": active_ratio, "shared_ratio": shared_ratio, "attention": attention}
@@ -111,7 +112,9 @@ def convert_to_moh(
         model.set_attn_implementation(NAME)
         if config._attn_implementation != NAME:
             del config.moh
-            raise ValueError(f"{type(model).__name__} has no attention that goes through transformers' AttentionInterface")
+            raise ValueError(
+                f"{type(model).__name__} has no attention that goes through transformers' AttentionInterface"
+            )
     config.attn_implementation = NAME  # saved, and read when loaded
     return model
 
@@ -182,7 +185,9 @@ def _attention(
 def _settings(config: Any) -> dict[str, Any]:
     settings = getattr(config, "moh", None)
     if settings is None:
-        raise ValueError("the attention implementation 'moh' is not chosen by name: call heedful.layers.convert_to_moh(model)")
+        raise ValueError(
+            "the attention implementation 'moh' is not chosen by name: call heedful.layers.convert_to_moh(model)"
+        )
     if not torch.compiler.is_compiling() and "attn_implementation" not in config.__dict__:
         config.attn_implementation = NAME  # taken out when the config was loaded; it has to be saved again
     return settings
@@ -205,7 +210,11 @@ def _routed(
         raise ValueError("attention='routed' has no dropout: set attention_dropout=0 or convert with attention='sdpa'")
     causal = keywords.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    options = {"causal": causal, "window": keywords.get("sliding_window") if causal else None, "scale": keywords.get("scaling")}
+    options = {
+        "causal": causal,
+        "window": keywords.get("sliding_window") if causal else None,
+        "scale": keywords.get("scaling"),
+    }
     positions, length = keywords.get("position_ids"), query.shape[2]
     if (
         attention_mask is None and causal and length == key.shape[2] > 1
@@ -229,7 +238,9 @@ def _mask(*, config: Any, **keywords: Any) -> Any:
         return ALL_MASK_ATTENTION_FUNCTIONS[name](config=config, **keywords)
     keys, offset = keywords["kv_length"], keywords.get("kv_offset", 0)
     if not isinstance(keywords["q_offset"], int) or keywords["q_offset"] + keywords["q_length"] != offset + keys:
-        raise ValueError("attention='routed' needs a cache that grows with the text (DynamicCache): convert with attention='sdpa'")
+        raise ValueError(
+            "attention='routed' needs a cache that grows with the text (DynamicCache): convert with attention='sdpa'"
+        )
     padding = keywords.get("attention_mask")
     if padding is None:
         return None

@@ -205,7 +205,10 @@ class MixtureOfHeads(nn.Module):
         dispatch = dispatch_heads(active)
         weight, bias = self.q_proj.weight, self.q_proj.bias
         query = routed_projection(
-            x, weight[shared * dim :].unflatten(0, (-1, dim)).mT, dispatch, None if bias is None else bias[shared * dim :].unflatten(0, (-1, dim))
+            x,
+            weight[shared * dim :].unflatten(0, (-1, dim)).mT,
+            dispatch,
+            None if bias is None else bias[shared * dim :].unflatten(0, (-1, dim)),
         )
         query = query.transpose(1, 2)
         query = query if rotary is None else _rotate(query, rotary)
