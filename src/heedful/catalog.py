@@ -99,6 +99,22 @@ METHODS = (
         status="experimental",
     ),
     Method(
+        slug="moh",
+        title="MoH: Multi-Head Attention as Mixture-of-Head Attention",
+        authors="Peng Jin, Bo Zhu, Li Yuan, Shuicheng Yan",
+        arxiv="2410.11842",
+        room="layers",
+        kind="layer",
+        entry_point="heedful.layers:convert_to_moh",
+        also=(
+            "heedful.layers:MixtureOfHeads",
+            "heedful.attention:routed_attention",
+            "heedful.attention:routed_projection",
+            "heedful.training:train_moh",
+        ),
+        does="treats attention heads as experts: each token has some of them, from scratch or in a pretrained model",
+    ),
+    Method(
         slug="retrieval-heads",
         title="Retrieval Head Mechanistically Explains Long-Context Factuality",
         authors="Wenhao Wu, Yizhong Wang, Guangxuan Xiao, Hao Peng, Yao Fu",

@@ -81,6 +81,8 @@ def _load(name: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
+    import heedful.layers.moh  # noqa: F401 (converted models name its attention)
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -478,6 +480,20 @@ def train_longspec(
     """Train LongSpec's draft block on a frozen model: on short texts (stage 1), then on long ones (stage 2)."""
     _train("longspec", model, data, out, begin, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
            stage=stage)  # fmt: skip
+
+
+@train_app.command("moh")
+def train_moh(
+    data: DataOption, out: Annotated[Path, typer.Option(help="Folder for the converted model.")], model: ModelOption = DEFAULT_MODEL,
+    steps: StepsOption = 1000, batch_size: BatchOption = 16, length: LengthOption = 1024, lr: RateOption = 3e-4,
+    seed: SeedOption = 0, resume: ResumeOption = True,
+    active_ratio: Annotated[float, typer.Option(help="Share of the query heads that each token has.")] = 0.75,
+    shared_ratio: Annotated[float, typer.Option(help="Share of the query heads that all tokens have.")] = 0.5,
+    distillation: Annotated[float, typer.Option(min=0, help="Weight of the divergence from the model as it was.")] = 0.0,
+) -> None:  # fmt: skip
+    """Convert a model to Mixture-of-Head attention and train it to do with fewer heads a token."""
+    _train("moh", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
+           active_ratio=active_ratio, shared_ratio=shared_ratio, distillation=distillation)  # fmt: skip
 
 
 @train_app.command("sinklora")
