@@ -255,7 +255,7 @@ class Session:
             from heedful.decoding.fused_linear import compile_forward
 
             self.forward = compile_forward(self._forward)
-            self.walk, self.trim = torch.compile(walk), torch.compile(trim)
+            self.walk, self.trim = torch.compile(walk, dynamic=False), torch.compile(trim, dynamic=False)
 
     def begin(self, engine: GraphEngine) -> None:
         """A generate begins: its numbers go into the buffers."""
