@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -157,24 +159,25 @@ class MixtureOfHeads(nn.Module):
         """Gates `(B, T, H)` and the balance loss, in float32 whatever the layer computes in."""
         shared, k = self.num_shared_heads, self.top_k_heads
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-
-            def softmax(router: nn.Linear) -> Tensor:
-                return functional.linear(wide, router.weight.to(wide.dtype)).softmax(-1)
-
+            routers = [r for r in (self.router, self.shared_router, self.kind_router) if r is not None]
+            logits = _wide_linear(x, torch.cat([r.weight for r in routers])) if routers else None
+            sizes = [r.out_features for r in routers]
+            softmax = dict(
+                zip(routers, () if logits is None else (l.softmax(-1) for l in logits.split(sizes, -1)), strict=True)
+            )
             pieces = []
             if shared:
-                ones = wide.new_ones(*x.shape[:2], 1)
-                pieces.append(ones if self.shared_router is None else shared * softmax(self.shared_router))
-            loss = wide.new_zeros(())
+                ones = x.new_ones(*x.shape[:2], 1, dtype=torch.promote_types(x.dtype, torch.float32))
+                pieces.append(ones if self.shared_router is None else shared * softmax[self.shared_router])
+            loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
             if self.router is not None:
-                p = softmax(self.router)
+                p = softmax[self.router]
                 chosen = choose(p.detach(), k)
                 kept = torch.where(chosen, p, 0)
                 pieces.append(k * kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps))
                 loss = load_balance(p, chosen, attention_mask)
             if self.kind_router is not None:
-                kinds = 2 * softmax(self.kind_router)
+                kinds = 2 * softmax[self.kind_router]
                 pieces = [pieces[0] * kinds[..., :1], pieces[1] * kinds[..., 1:]]
             return torch.cat(pieces, -1), loss
 
@@ -241,6 +244,30 @@ class MixtureOfHeads(nn.Module):
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=self.causal, enable_gqa=grouped
         )
+
+
+class _WideProduct(torch.autograd.Function):
+    """`x @ weight.T` of half-precision matrices in float32: their products are exact there, and the sum is not rounded again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return torch.mm(x, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        return grad @ weight, grad.T @ x
+
+
+def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The linear layer without bias, in float32 at least."""
+    if x.is_cuda and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16):
+        product: Tensor = _WideProduct.apply(x.flatten(0, 1), weight)  # without a copy of x in float32
+        return product.unflatten(0, x.shape[:2])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return functional.linear(x.to(wide), weight.to(wide))
 
 
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
