@@ -2,8 +2,8 @@
 
 The weight of token j of an earlier block b is softmax-like in e_ij = s_ij - L_ib + m_ib: its score, less the logarithm of the sum of
 its block's exponentials, plus the score of the block's landmark. A tile of keys holds whole blocks, as many as fit, so that L_ib
-is found inside the tile, for several blocks at once by products with the 0/1 matrix of tokens and blocks. Blocks longer than a
-tile are read twice: for L_ib, then for the output.
+is found inside the tile: in sums over it where it holds one block and its landmark (a solo), else for several blocks at once by
+products with the 0/1 matrix of tokens and blocks. Blocks longer than a tile are read twice: for L_ib, then for the output.
 
 The same holds backwards: where softmax has ds_ij = p_ij (dp_ij - delta_i), a token of an earlier block has the mean of dp over its
 block in place of delta_i, and the landmark g_ib (that mean - delta_i), with g_ib the weight of the block.
@@ -85,16 +85,20 @@ def _plan(
 
 @triton.jit(do_not_specialize=["length"])
 def _pack(
-    block_first, block_end, counts, tile_first, tile_count, long_block, tiles_before, longs_before, packed, length,
+    block_first, block_end, gate_at, counts, tile_first, tile_count, solo, multi, long_block, tiles_before, solos_before,
+    longs_before, packed, length,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of whole blocks, as many as fit, and the list of blocks that are longer; for each block how many are before it."""
+    """Tiles of whole blocks, as many as fit; which of them are solos (by their block) and which not (by their number); the list
+    of blocks that are longer; for each block how many of each are before it."""
     batch = tl.program_id(0).to(tl.int64)
     flat = batch * (length + 1)
     blocks = tl.load(counts + batch * 2)
+    gates = tl.load(counts + batch * 2 + 1)
     slots = tl.arange(0, SLOTS)
     block = 0
     tiles = 0
+    solos = 0
     longs = 0
     while block < blocks:
         start = tl.load(block_first + flat + block)
@@ -102,16 +106,24 @@ def _pack(
         end = tl.load(block_end + flat + block + slots, mask=there, other=0)
         fit = tl.sum((there & (end - start <= BLOCK_N)).to(tl.int32), 0)
         is_long = fit == 0
+        gate = tl.load(gate_at + batch * length + block, mask=block < gates, other=2147483647)
+        is_solo = (fit == 1) & (gate < start + BLOCK_N)
+        is_multi = (fit > 0) & (is_solo == 0)
         mine = slots < tl.maximum(fit, 1)
         tl.store(tiles_before + flat + block + slots, tiles + slots * 0, mask=mine)
+        tl.store(solos_before + flat + block + slots, solos + slots * 0, mask=mine)
         tl.store(longs_before + flat + block + slots, longs + slots * 0, mask=mine)
+        tl.store(solo + flat + solos, block, mask=is_solo)
+        tl.store(multi + flat + tiles - solos, tiles, mask=is_multi)
         tl.store(long_block + flat + longs, block, mask=is_long)
         tl.store(tile_first + flat + tiles, block, mask=fit > 0)
         tl.store(tile_count + flat + tiles, fit, mask=fit > 0)
         tiles += (fit > 0).to(tl.int32)
+        solos += is_solo.to(tl.int32)
         longs += is_long.to(tl.int32)
         block += tl.maximum(fit, 1)
     tl.store(tiles_before + flat + blocks, tiles)
+    tl.store(solos_before + flat + blocks, solos)
     tl.store(longs_before + flat + blocks, longs)
     tl.store(packed + batch * 2, tiles)
     tl.store(packed + batch * 2 + 1, longs)
@@ -137,7 +149,7 @@ def _prepare(
     v = tl.load(place, mask=token[:, None], other=0.0)
     row = tl.program_id(1).to(tl.int64)
     place = (row * length + wide)[:, None] * D + dims
-    tl.store(keys + place, tl.where(token[:, None], k, 0.0), mask=inside[:, None])
+    tl.store(keys + place, k, mask=inside[:, None])
     tl.store(values + place, v, mask=inside[:, None])
     tl.store(gate_keys + (row * capacity + gate)[:, None] * D + dims, k, mask=(gate >= 0)[:, None])
 
@@ -210,22 +222,24 @@ def _load_tile(descriptor, batch, head, start, D: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _range_of_tile(tile, blocks, row_block, tiles_before, longs_before, packed, at, length, batch, BLOCK_M: tl.constexpr):
-    """For a tile of rows: tiles of keys that all its rows see whole, tiles up to which some are seen; the last long block."""
+def _range_of_tile(tile, row_block, tiles_before, solos_before, longs_before, packed, length, batch, BLOCK_M: tl.constexpr):
+    """For a tile of rows: tiles of keys that all its rows see whole, solos among them, tiles of which some row sees some key,
+    and long blocks of which some row does."""
     last_row = tl.minimum(tile * BLOCK_M + BLOCK_M, length) - 1
     low = tl.load(row_block + batch * length + tile * BLOCK_M)
     high = tl.load(row_block + batch * length + last_row)
     flat = batch * (length + 1)
     whole = tl.load(tiles_before + flat + low)
+    solos = tl.load(solos_before + flat + low)
     until = tl.minimum(tl.load(tiles_before + flat + high) + 1, tl.load(packed + batch * 2))
     longs = tl.minimum(tl.load(longs_before + flat + high) + 1, tl.load(packed + batch * 2 + 1))
-    return whole, until, longs, last_row
+    return whole, solos, until, longs, last_row
 
 
 @triton.jit(do_not_specialize=["length", "capacity"])
 def _forward(
-    query, keys, values, gate_keys, real, token_block, row_block, block_first, block_end, counts, tile_first, tile_count,
-    long_block, tiles_before, longs_before, packed, output, lse, scale, length, capacity,
+    query, keys, values, gate_keys, real, token_block, row_block, block_first, block_end, gate_at, tile_first, tile_count,
+    solo, multi, long_block, tiles_before, solos_before, longs_before, packed, output, lse, scale, length, capacity,
     stride_query_b, stride_query_h, stride_query_t,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr, AUX: tl.constexpr, PRECISION: tl.constexpr,
@@ -245,8 +259,8 @@ def _forward(
         is_real = tl.load(real + batch * length + rows, mask=there, other=0) != 0
     query += batch * stride_query_b + head.to(tl.int64) * stride_query_h
     q = tl.load(query + rows.to(tl.int64)[:, None] * stride_query_t + dims[None, :], mask=is_real[:, None], other=0.0)
-    whole, until, longs, last_row = _range_of_tile(
-        tile, counts, row_block, tiles_before, longs_before, packed, rows, length, batch, BLOCK_M
+    whole, solos, until, longs, last_row = _range_of_tile(
+        tile, row_block, tiles_before, solos_before, longs_before, packed, length, batch, BLOCK_M
     )
     of_row = tl.load(row_block + batch * length + rows, mask=there, other=0)
     token_block += batch * length
@@ -257,7 +271,27 @@ def _forward(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
-    for n in range(0, whole):
+    for n in range(0, solos):
+        block = tl.load(solo + flat + n)
+        start = tl.load(block_first + flat + block)
+        gate_lane = tl.load(gate_at + batch * length + block) - start
+        k = _load_tile(keys, batch_i, kv_head, start, D, BLOCK_N)
+        token = tl.load(token_block + start + lanes, mask=start + lanes < length, other=-1) == block
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+        gate = tl.sum(tl.where((lanes == gate_lane)[None, :], logits, 0.0), 1)
+        logits = tl.where(token[None, :], logits, float("-inf"))
+        weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        new_top = tl.maximum(top, gate)
+        share = tl.exp2(gate - new_top)
+        kept = tl.exp2(top - new_top)
+        total = total * kept + share
+        weights = weights * (share / tl.sum(weights, 1))[:, None]
+        v = _load_tile(values, batch_i, kv_head, start, D, BLOCK_N)
+        acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision=PRECISION)
+        top = new_top
+
+    for m in range(0, whole - solos):
+        n = tl.load(multi + flat + m)
         first = tl.load(tile_first + flat + n)
         count = tl.load(tile_count + flat + n)
         start = tl.load(block_first + flat + first)
@@ -403,10 +437,25 @@ def _gradient_tile(
     return weights, d_logits, d_gate
 
 
+@triton.jit
+def _gradient_solo(q, d_out, k, v, token, gate, row_lse, delta, scale2, PRECISION: tl.constexpr):
+    """The same where the tile is one block and its landmark, and all rows are behind it; the landmark's is among the scores'."""
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+    share = tl.exp2(tl.sum(tl.where(gate[None, :], logits, 0.0), 1) - row_lse)
+    logits = tl.where(token[None, :], logits, float("-inf"))
+    weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    total = tl.sum(weights, 1)
+    d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+    mean = tl.sum(weights * d_weights, 1) / total
+    weights = weights * (share / total)[:, None]
+    d_logits = weights * (d_weights - mean[:, None])
+    return weights, tl.where(gate[None, :], (share * (mean - delta))[:, None], d_logits)
+
+
 @triton.jit(do_not_specialize=["length", "capacity"])
 def _backward_rows(
     query, keys, values, gate_keys, output, d_output, lse, delta, real, token_block, row_block, block_first, block_end, gate_at,
-    counts, tile_first, tile_count, long_block, tiles_before, longs_before, packed, d_query, d_key, d_value, scale, length, capacity,
+    tile_first, tile_count, solo, multi, long_block, tiles_before, solos_before, longs_before, packed, d_query, d_key, d_value, scale, length, capacity,
     stride_query_b, stride_query_h, stride_query_t,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr, AUX: tl.constexpr, PRECISION: tl.constexpr,
@@ -435,8 +484,8 @@ def _backward_rows(
     of_head = (batch * HEADS + head) * length
     tl.store(delta + of_head + rows, row_delta, mask=there)
     row_lse = tl.load(lse + of_head + rows, mask=there, other=float("inf"))
-    whole, until, longs, last_row = _range_of_tile(
-        tile, counts, row_block, tiles_before, longs_before, packed, rows, length, batch, BLOCK_M
+    whole, solos, until, longs, last_row = _range_of_tile(
+        tile, row_block, tiles_before, solos_before, longs_before, packed, length, batch, BLOCK_M
     )
     of_row = tl.load(row_block + batch * length + rows, mask=there, other=0)
     token_block += batch * length
@@ -444,7 +493,18 @@ def _backward_rows(
     scale2 = scale * _LOG2E
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
-    for n in range(0, whole):
+    for n in range(0, solos):
+        block = tl.load(solo + flat + n)
+        start = tl.load(block_first + flat + block)
+        gate_lane = tl.load(gate_at + batch * length + block) - start
+        k = _load_tile(keys, batch_i, kv_head, start, D, BLOCK_N)
+        v = _load_tile(values, batch_i, kv_head, start, D, BLOCK_N)
+        token = tl.load(token_block + start + lanes, mask=start + lanes < length, other=-1) == block
+        _, d_logits = _gradient_solo(q, d_out, k, v, token, lanes == gate_lane, row_lse, row_delta, scale2, PRECISION)
+        acc = tl.dot(d_logits.to(k.dtype), k, acc, input_precision=PRECISION)
+
+    for m in range(0, whole - solos):
+        n = tl.load(multi + flat + m)
         first = tl.load(tile_first + flat + n)
         count = tl.load(tile_count + flat + n)
         start = tl.load(block_first + flat + first)
@@ -561,6 +621,9 @@ def _backward_keys(
     end = tl.load(gate_at + batch * length + last, mask=last < gates, other=0)
     begin = start // BLOCK_M * BLOCK_M
     whole = tl.where(last < gates, (end + BLOCK_M) // BLOCK_M * BLOCK_M, length)
+    is_solo = (count == 1) & (last < gates) & (end < start + BLOCK_N)
+    token = slot >= 0
+    gate = is_solo & (start + lanes == end)
     scale2 = scale * _LOG2E
     acc_k = tl.zeros((BLOCK_N, D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, D), tl.float32)
@@ -589,7 +652,21 @@ def _backward_keys(
             acc_v = tl.dot(tl.trans(weights.to(v.dtype)), d_out, acc_v, input_precision=PRECISION)
             acc_k = tl.dot(tl.trans(d_logits.to(k.dtype)), q, acc_k, input_precision=PRECISION)
             acc_gate = tl.dot(tl.trans(d_gate.to(k.dtype)), q, acc_gate, input_precision=PRECISION)
-        for row in range(whole, length, BLOCK_M):
+        for row in range(tl.where(is_solo, whole, length), length, BLOCK_M):
+            rows = row + row_lanes
+            there = rows < length
+            is_real = there
+            if HAS_MASK:
+                is_real = tl.load(real + batch * length + rows, mask=there, other=0) != 0
+            q = tl.load(q_head + rows.to(tl.int64)[:, None] * stride_query_t + dims[None, :], mask=is_real[:, None], other=0.0)
+            place = ((batch * length + rows) * HEADS + head)[:, None] * D + dims[None, :]
+            d_out = tl.load(d_output + place, mask=is_real[:, None], other=0.0)
+            row_lse = tl.load(lse + of_head + rows, mask=there, other=float("inf"))
+            row_delta = tl.load(delta + of_head + rows, mask=there, other=0.0)
+            weights, d_logits = _gradient_solo(q, d_out, k, v, token, gate, row_lse, row_delta, scale2, PRECISION)
+            acc_v = tl.dot(tl.trans(weights.to(v.dtype)), d_out, acc_v, input_precision=PRECISION)
+            acc_k = tl.dot(tl.trans(d_logits.to(k.dtype)), q, acc_k, input_precision=PRECISION)
+        for row in range(tl.where(is_solo, length, whole), length, BLOCK_M):
             rows = row + row_lanes
             there = rows < length
             is_real = there
@@ -608,6 +685,7 @@ def _backward_keys(
             acc_k = tl.dot(tl.trans(d_logits.to(k.dtype)), q, acc_k, input_precision=PRECISION)
             acc_gate = tl.dot(tl.trans(d_gate.to(k.dtype)), q, acc_gate, input_precision=PRECISION)
 
+    acc_gate += tl.where((slots == 0)[:, None], tl.sum(tl.where(gate[:, None], acc_k, 0.0), 0)[None, :], 0.0)
     of_kv = (batch * KV_HEADS + kv_head) * length
     place = (of_kv + start + lanes)[:, None] * D + dims[None, :]
     tl.store(d_key + place, acc_k * scale, mask=(slot >= 0)[:, None])
@@ -654,8 +732,11 @@ class _Plan(NamedTuple):
     counts: Tensor
     tile_first: Tensor
     tile_count: Tensor
+    solo: Tensor
+    multi: Tensor
     long_block: Tensor
     tiles_before: Tensor
+    solos_before: Tensor
     longs_before: Tensor
     packed: Tensor
 
@@ -664,10 +745,10 @@ def _make_plan(is_landmark: Tensor, real: Tensor | None, block_n: int) -> _Plan:
     batch, length = is_landmark.shape
     new = {"dtype": torch.int32, "device": is_landmark.device}
     by_position = torch.empty((4, batch, length), **new)
-    by_block = torch.empty((7, batch, length + 1), **new)
+    by_block = torch.empty((10, batch, length + 1), **new)
     counts, packed = torch.empty((2, batch, 2), **new)
     token_block, row_block, gate_of, gate_at = by_position
-    block_first, block_end, tile_first, tile_count, long_block, tiles_before, longs_before = by_block
+    block_first, block_end, *lists = by_block
     marks = is_landmark if is_landmark.stride(1) == 1 else is_landmark.contiguous()
     marks = marks.view(torch.uint8)
     _plan[(batch,)](
@@ -675,17 +756,13 @@ def _make_plan(is_landmark: Tensor, real: Tensor | None, block_n: int) -> _Plan:
         marks.stride(0), HAS_MASK=real is not None, BLOCK=64 if INTERPRETED else 1024, num_warps=8,
     )  # fmt: skip
     _pack[(batch,)](
-        block_first, block_end, counts, tile_first, tile_count, long_block, tiles_before, longs_before, packed, length,
-        BLOCK_N=block_n, num_warps=1,
-    )  # fmt: skip
-    return _Plan(
-        token_block, row_block, gate_of, gate_at, block_first, block_end, counts, tile_first, tile_count, long_block, tiles_before,
-        longs_before, packed,
-    )  # fmt: skip
+        block_first, block_end, gate_at, counts, *lists, packed, length, BLOCK_N=block_n, num_warps=1
+    )
+    return _Plan(token_block, row_block, gate_of, gate_at, block_first, block_end, counts, *lists, packed)
 
 
 def _make_copies(key: Tensor, value: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values with zeros where there is no token, and the landmarks' keys by block."""
+    """Keys and values with zeros where they are not read, and the landmarks' keys by block."""
     batch, kv_heads, length, dim = key.shape
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     keys, values = (torch.empty((batch, kv_heads, length, dim), dtype=x.dtype, device=x.device) for x in (key, value))
@@ -735,9 +812,9 @@ def landmark_attention_op(
     keys, values, gate_keys = _make_copies(key, value, plan)
     _forward[(triton.cdiv(length, tile.block_m), heads, batch)](
         query, _blocks(keys, tile.block_n), _blocks(values, tile.block_n), _blocks(gate_keys, SLOTS.value),
-        plan.token_block if real is None else real, plan.token_block, plan.row_block, plan.block_first, plan.block_end, plan.counts,
-        plan.tile_first, plan.tile_count, plan.long_block, plan.tiles_before, plan.longs_before, plan.packed, output, lse, scale,
-        length, gate_keys.shape[2], *query.stride()[:3], **_options(query, key.shape[1], attention_mask, tile),
+        plan.token_block if real is None else real, plan.token_block, plan.row_block, plan.block_first, plan.block_end,
+        plan.gate_at, plan.tile_first, plan.tile_count, plan.solo, plan.multi, plan.long_block, plan.tiles_before, plan.solos_before,
+        plan.longs_before, plan.packed, output, lse, scale, length, gate_keys.shape[2], *query.stride()[:3], **_options(query, key.shape[1], attention_mask, tile),
     )  # fmt: skip
     return output, lse
 
@@ -773,8 +850,8 @@ def landmark_attention_backward_op(
         mask = plan.token_block if real is None else real
         _backward_rows[(triton.cdiv(length, tile.block_m), heads, batch)](
             query, *descriptors, output, d_output, lse, delta, mask, plan.token_block, plan.row_block, plan.block_first,
-            plan.block_end, plan.gate_at, plan.counts, plan.tile_first, plan.tile_count, plan.long_block, plan.tiles_before,
-            plan.longs_before, plan.packed, d_query, d_key, d_value, scale, length, capacity, *query.stride()[:3],
+            plan.block_end, plan.gate_at, plan.tile_first, plan.tile_count, plan.solo, plan.multi, plan.long_block,
+            plan.tiles_before, plan.solos_before, plan.longs_before, plan.packed, d_query, d_key, d_value, scale, length, capacity, *query.stride()[:3],
             **_options(query, kv_heads, attention_mask, tile),
         )  # fmt: skip
         # Two tiles in a row hold more than block_n positions, or one of them 16 blocks; long blocks in between are longer.
