@@ -210,7 +210,7 @@ def _routed(
         raise ValueError("attention='routed' has no dropout: set attention_dropout=0 or convert with attention='sdpa'")
     causal = keywords.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    options = {
+    options: dict[str, Any] = {
         "causal": causal,
         "window": keywords.get("sliding_window") if causal else None,
         "scale": keywords.get("scaling"),
