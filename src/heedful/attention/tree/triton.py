@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-LOG2E = math.log2(math.e)
+#: Up to this many keys, a tree of many rows is cut into small tiles instead of shares of the keys: merging would take longer.
+SHORT = 2048
 
 
 @triton.jit
@@ -107,8 +107,6 @@ def _attend(
     query,
     key,
     value,
-    key_blocks,
-    value_blocks,
     tree_mask,
     prefix_length,
     prefix_start,
@@ -152,8 +150,7 @@ def _attend(
     # Tiles come first in program order: those of one share run side by side, and all but one find it in the L2 cache.
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    row_of_batch = tl.program_id(2) // KV_HEADS
-    batch = row_of_batch.to(tl.int64)
+    batch = (tl.program_id(2) // KV_HEADS).to(tl.int64)
     kv_head = tl.program_id(2) % KV_HEADS
     prefix, start = _keys_of_row(prefix_length, prefix_start, batch, nodes, capacity, window, HAS_START, HAS_WINDOW)
     end = prefix + nodes
@@ -181,15 +178,11 @@ def _attend(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
 
-    if key_blocks is None:
-        begin = (start + first * BLOCK_N).to(tl.int64)
-        keys = key + begin * STRIDE_KEY_T + (columns[:, None] * STRIDE_KEY_T + dims[None, :])
-        values = value + begin * STRIDE_VALUE_T + (columns[:, None] * STRIDE_VALUE_T + dims[None, :])
-    for block in range(first, tl.minimum(last, whole)):
-        if key_blocks is None:
-            k = tl.load(keys)
-        else:
-            k = key_blocks.load([row_of_batch, kv_head, start + block * BLOCK_N, 0]).reshape(BLOCK_N, D)
+    begin = (start + first * BLOCK_N).to(tl.int64)
+    keys = key + begin * STRIDE_KEY_T + (columns[:, None] * STRIDE_KEY_T + dims[None, :])
+    values = value + begin * STRIDE_VALUE_T + (columns[:, None] * STRIDE_VALUE_T + dims[None, :])
+    for _ in range(first, tl.minimum(last, whole)):
+        k = tl.load(keys)
         logits = tl.dot(q, k.T, input_precision=PRECISION)
         if HAS_SOFTCAP:
             logits = _capped(logits * scale, softcap) * 1.4426950408889634
@@ -201,12 +194,9 @@ def _attend(
         kept = tl.exp2(top - new_top)
         total = total * kept + tl.sum(weights, 1)
         acc = acc * kept[:, None]
-        if key_blocks is None:
-            v = tl.load(values)
-            keys += BLOCK_N * STRIDE_KEY_T
-            values += BLOCK_N * STRIDE_VALUE_T
-        else:
-            v = value_blocks.load([row_of_batch, kv_head, start + block * BLOCK_N, 0]).reshape(BLOCK_N, D)
+        v = tl.load(values)
+        keys += BLOCK_N * STRIDE_KEY_T
+        values += BLOCK_N * STRIDE_VALUE_T
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
 
@@ -316,12 +306,10 @@ class _Config(NamedTuple):
     block_n: int  # keys of a step
     num_warps: int
     num_stages: int
-    programs: int  # that one multiprocessor runs at a time: as many shares of the keys are made
-    copies: bool = False  # whole blocks come by the copy engine (TMA)
-    registers: int | None = None
+    programs: int  # that one multiprocessor runs at a time: as many shares of the keys are made; 0: one share
 
 
-def _config(rows: int, dim: int, dtype: torch.dtype) -> _Config:
+def _config(rows: int, capacity: int, dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
         return _Config(16, 32, 4, 2, 2)
     wide = 2 if dim > 128 else 1
@@ -329,9 +317,11 @@ def _config(rows: int, dim: int, dtype: torch.dtype) -> _Config:
         return _Config(16, 128 // wide, 4, 3, 2 // wide)
     if rows <= 32:
         return _Config(32, 64, 4, 3, 2 // wide)
-    if rows <= 64:
+    if rows > 64 and capacity <= SHORT:
+        return _Config(16, 64, 4, 3, 0)
+    if rows <= 128:
         return _Config(64, 64, 4, 3, 2 // wide)
-    return _Config(128, 128 // wide, 8, 2, 1)
+    return _Config(128, 64, 8, 3 if wide == 1 else 2, 1)
 
 
 @functools.cache
@@ -372,11 +362,11 @@ def _launch(
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     group = heads // kv_heads
     rows = group * nodes
-    config = config or _config(rows, dim, query.dtype)
+    config = config or _config(rows, capacity, dim, query.dtype)
     tail = min(config.block_n, 64)
     tiles = -(-rows // config.block_m)
     slots = _multiprocessors(query.device) * config.programs
-    splits = _splits(batch * kv_heads * tiles, slots, -(-capacity // config.block_n))
+    splits = _splits(batch * kv_heads * tiles, slots, -(-capacity // config.block_n)) if slots else 1
     output = torch.empty((batch, nodes, heads, dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, nodes, splits), dtype=torch.float32, device=query.device)
     if splits == 1:
@@ -386,18 +376,12 @@ def _launch(
         partial = torch.empty((batch, heads, nodes, splits, dim), dtype=torch.float32, device=query.device)
         strides = (heads * nodes * splits * dim, nodes * splits * dim, splits * dim)
     tree = tree_mask.view(torch.uint8)
-    blocks: list[TensorDescriptor | None] = [None, None]
-    if config.copies:
-        blocks = [
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, config.block_n, dim]) for x in (key, value)
-        ]
     flags = {"HAS_START": prefix_start is not None, "HAS_WINDOW": window > 0}
     starts = prefix_length if prefix_start is None else prefix_start
     _attend[(tiles, splits, batch * kv_heads)](
         query,
         key,
         value,
-        *blocks,
         tree,
         prefix_length,
         starts,
@@ -431,7 +415,6 @@ def _launch(
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        maxnreg=config.registers,
         **flags,
     )
     if splits > 1:
