@@ -205,7 +205,7 @@ def choose_in_stages(
 ) -> HiPMask:
     """Estimates the mask as InfiniteHiP does: each stage scans the chunks that the last one kept, in smaller pieces.
 
-    The first stage visits every chunk: `2 * (log2(chunk) + 1)` keys of it, for the means of runs of the block's rows.
+    The first stage visits every chunk: `2 * log2(chunk)` keys of it, for the means of runs of the block's rows.
     """
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
@@ -286,7 +286,7 @@ def _scan_chunks(score: Scorer, start: Tensor, chunk_size: int, end: Tensor) -> 
     left = torch.where(active, left, 0)
     right = torch.where(active, right, 1)
     best = torch.full(left.shape, -torch.inf, device=left.device, dtype=score.queries.dtype)
-    for _ in range(chunk_size.bit_length()):
+    for _ in range(max(1, chunk_size.bit_length() - 1)):  # one more, of single tokens, would meet the same again
         middle = (left + right) // 2
         of_left, of_right = score(torch.cat([(left + middle) // 2, (middle + right) // 2], -1)).chunk(2, -1)
         better_right = of_right >= of_left
@@ -407,7 +407,7 @@ def _take(source: Tensor, slots: Tensor) -> Tensor:
 
 def _values(value: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
     """Values at `slots`, 0 for NOWHERE: a NaN in what nobody reads would survive its weight of 0."""
-    return _take(value, slots).to(dtype).masked_fill((slots == NOWHERE)[..., None], 0)
+    return _take(value, slots).to(dtype).masked_fill_((slots == NOWHERE)[..., None], 0)
 
 
 def _runs(kinds: Tensor, limit: int) -> Iterator[tuple[int, int]]:

@@ -36,13 +36,28 @@ def _sortable(score):
 
 
 @triton.jit
+def _narrow(found, reached, unit, counts, count, FIELD: tl.constexpr):
+    """Of `found` and the three candidates above it, the largest that at least `count` scores reach, and how many do."""
+    first = (counts & ((1 << FIELD) - 1)).to(tl.int32)
+    second = ((counts >> FIELD) & ((1 << FIELD) - 1)).to(tl.int32)
+    third = (counts >> (2 * FIELD)).to(tl.int32)
+    reached = tl.where(
+        third >= count, third, tl.where(second >= count, second, tl.where(first >= count, first, reached))
+    )
+    steps = (first >= count).to(tl.int32) + (second >= count).to(tl.int32) + (third >= count).to(tl.int32)
+    return found + unit * steps, reached
+
+
+@triton.jit
 def _best(score, count, WIDE: tl.constexpr):
     """Which of the sortable scores are the `count` largest (the first ones on a tie), and their places in order."""
-    # The count-th largest, two bits a step: three thresholds are counted in the fields of one sum.
+    # A number that `count` scores reach, found two bits a step: three candidates are counted in the fields of one sum.
     FIELD: tl.constexpr = 20 if WIDE else 10
     found = tl.full((), 0, tl.int32)
-    for step in range(16):
-        unit = tl.full((), 1, tl.int32) << (30 - 2 * step)
+    reached = tl.full((), -1, tl.int32)  # scores that are at least `found`
+    shift = tl.full((), 30, tl.int32)
+    while (shift >= 0) & (reached != count):
+        unit = tl.full((), 1, tl.int32) << shift
         first = (found + unit) ^ -2147483648
         second = (found + unit + unit) ^ -2147483648
         third = (found + unit + unit + unit) ^ -2147483648
@@ -54,12 +69,8 @@ def _best(score, count, WIDE: tl.constexpr):
             fields = (score >= first).to(tl.int32)
             fields += (score >= second).to(tl.int32) << FIELD
             fields += (score >= third).to(tl.int32) << (2 * FIELD)
-        total = tl.sum(fields, 0)
-        at_least = (1 << FIELD) - 1
-        steps = ((total & at_least) >= count).to(tl.int32)
-        steps += (((total >> FIELD) & at_least) >= count).to(tl.int32)
-        steps += ((total >> (2 * FIELD)) >= count).to(tl.int32)
-        found += unit * steps
+        found, reached = _narrow(found, reached, unit, tl.sum(fields, 0), count, FIELD)
+        shift -= 2
     threshold = found ^ -2147483648
     above = (score > threshold).to(tl.int32)
     equal = (score == threshold).to(tl.int32)
@@ -74,6 +85,7 @@ def _best(score, count, WIDE: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "num_queries", "num_keys", "nodes", "rows", "stride_rows", "samples", "window", "sinks", "refresh_interval",
+        "stride_mask_b",
     ]
 )  # fmt: skip
 def _choose(
@@ -232,7 +244,7 @@ def _choose(
 @triton.jit(
     do_not_specialize=[
         "num_queries", "num_keys", "first_block", "some", "chunks", "parents", "rows", "stride_rows", "runs", "window",
-        "sinks", "pieces", "finer",
+        "sinks", "pieces", "finer", "stride_mask_b",
     ]
 )  # fmt: skip
 def _scan(
@@ -395,23 +407,22 @@ def _keep(
     columns = tl.arange(0, BLOCK)
     FIELD: tl.constexpr = 20
     found = tl.full((), 0, tl.int32)
-    for step in range(16):
-        unit = tl.full((), 1, tl.int32) << (30 - 2 * step)
+    reached = tl.full((), -1, tl.int32)
+    shift = tl.full((), 30, tl.int32)
+    while (shift >= 0) & (reached != kept):
+        unit = tl.full((), 1, tl.int32) << shift
         first = (found + unit) ^ -2147483648
         second = (found + unit + unit) ^ -2147483648
         third = (found + unit + unit + unit) ^ -2147483648
-        total = tl.full((), 0, tl.int64)
+        counts = tl.full((), 0, tl.int64)
         for begin in range(0, chunks, BLOCK):
             score = _ranks(scores, begin + columns, chunks, some, SHARED)
             fields = (score >= first).to(tl.int64)
             fields += (score >= second).to(tl.int64) << FIELD
             fields += (score >= third).to(tl.int64) << (2 * FIELD)
-            total += tl.sum(fields, 0)
-        at_least = (1 << FIELD) - 1
-        steps = ((total & at_least) >= kept).to(tl.int32)
-        steps += (((total >> FIELD) & at_least) >= kept).to(tl.int32)
-        steps += ((total >> (2 * FIELD)) >= kept).to(tl.int32)
-        found += unit * steps
+            counts += tl.sum(fields, 0)
+        found, reached = _narrow(found, reached, unit, counts, kept, FIELD)
+        shift -= 2
     threshold = found ^ -2147483648
     room = kept
     for begin in range(0, chunks, BLOCK):
@@ -470,7 +481,12 @@ def _absorb(
     return new_top, total, acc
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "nodes", "rows", "window", "sinks"])
+@triton.jit(
+    do_not_specialize=[
+        "num_queries", "num_keys", "nodes", "rows", "window", "sinks", "stride_blocks_b", "stride_blocks_h",
+        "stride_blocks_n", "stride_end_b", "stride_end_n", "stride_mask_b",
+    ]
+)  # fmt: skip
 def _attend(
     query,
     key,
@@ -768,20 +784,20 @@ def _choose_config(dim: int, dtype: torch.dtype, samples: int, decode: bool) -> 
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
         return _Config(32, 4, 1)
     if decode:  # few programs: each needs much in flight
-        return _Config(128 if dim <= 128 else 64, 8, 4)
-    return _Config(64, 4, 3 if dim <= 128 and samples <= 64 else 2)
+        return _Config(128 if dim <= 128 else 64, 8, 3)
+    return _Config(128 if dim <= 128 and samples <= 32 else 64, 4, 2)
 
 
 def _attend_config(dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:
         return _Config(32 if INTERPRETED else 16, 4, 1)
-    return _Config(64, 4, 2) if dim <= 128 else _Config(32, 8, 2)
+    return _Config(32, 4, 3, 128) if dim <= 128 else _Config(32, 8, 2)
 
 
 def _decode_config(dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:
         return _Config(32 if INTERPRETED else 16, 4, 1)
-    return _Config(64, 4, 2)
+    return _Config(64, 4, 1)
 
 
 def _pow2(number: int) -> int:
@@ -1172,7 +1188,7 @@ def _launch_scan(
                 GROUP=heads // kv_heads,
                 D=dim,
                 CHUNK=chunk,
-                LEVELS=chunk.bit_length(),
+                LEVELS=max(1, chunk.bit_length() - 1),
                 RUNS=max(16, _pow2(runs)),
                 BLOCK_C=block_c,
                 HAS_MASK=real is not None,
