@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import torch
 from torch import Tensor
@@ -95,6 +96,30 @@ def landmark_attention(
             if impl == "triton":
                 raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
         return reference.landmark_attention(query, key, value, is_landmark, attention_mask, scale)
+
+
+def attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_landmark: Tensor,
+    attention_mask: Tensor | None,
+    scale: float,
+    queries: int,
+) -> tuple[Tensor, Tensor]:
+    """The last `queries` rows, for merging with other keys: output, and `(B, Hq, Tq)`, the logarithm of the outer softmax's sum
+    (-inf where nothing is seen). Without gradients."""
+    query = query[:, :, query.shape[2] - queries :]
+    with torch.no_grad():
+        # A few rows are not worth the kernels' tables and copies.
+        if query.is_cuda and queries >= 32 and _triton_refuses(query, value) is None:
+            from heedful.attention.landmark import triton
+
+            query = torch.nn.functional.pad(query, (0, 0, key.shape[2] - queries, 0))
+            output, lse = triton.landmark_attention_op(query, key, value, is_landmark, attention_mask, scale)
+            lse = torch.where(lse == torch.inf, -torch.inf, lse) * math.log(2)
+            return output.transpose(1, 2)[:, :, -queries:], lse[:, :, -queries:]
+        return reference.attention_with_lse(query, key, value, is_landmark, attention_mask, scale)
 
 
 def _triton_refuses(query: Tensor, value: Tensor) -> str | None:

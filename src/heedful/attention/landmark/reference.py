@@ -17,31 +17,42 @@ def landmark_attention(
     query: Tensor, key: Tensor, value: Tensor, is_landmark: Tensor, attention_mask: Tensor | None, scale: float
 ) -> Tensor:
     """`(B, Hq, T, Dv)`. is_landmark `(B, T)`."""
-    batch, heads, length, _ = query.shape
-    if batch == 0 or length == 0:
-        return query.new_empty(batch, heads, length, value.shape[3])
+    return attention_with_lse(query, key, value, is_landmark, attention_mask, scale)[0]
+
+
+def attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, is_landmark: Tensor, attention_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The queries are those of the last rows; also the logarithm of the sum of the outer softmax, `(B, Hq, Tq)`."""
+    batch, heads, queries, _ = query.shape
+    length = key.shape[2]
+    if batch == 0 or queries == 0:
+        empty = query.new_empty(batch, heads, queries, dtype=torch.promote_types(query.dtype, torch.float32))
+        return query.new_empty(batch, heads, queries, value.shape[3]), empty
     real = torch.ones_like(is_landmark) if attention_mask is None else attention_mask
     token, mark = real & ~is_landmark, real & is_landmark
     block = mark.cumsum(1) - mark.long()  # landmarks before a position
-    rows = max(16, min(length, _SCORES // length))
-    recompute = rows < length and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    outputs = []
-    for first in range(0, length, rows):
-        last = min(first + rows, length)  # later keys are not seen
+    rows = max(16, min(queries, _SCORES // length))
+    recompute = rows < queries and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    parts = []
+    for first in range(0, queries, rows):
+        until = min(first + rows, queries)
+        last = length - queries + until  # later keys are not seen
         arguments = (
-            query[:, :, first:last], key[:, :, :last], value[:, :, :last], block[:, :last], token[:, :last], mark[:, :last], scale
+            query[:, :, first:until], key[:, :, :last], value[:, :, :last], block[:, :last], token[:, :last], mark[:, :last], scale
         )  # fmt: skip
         if recompute:
-            outputs.append(checkpoint(_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
-            outputs.append(_rows(*arguments))
-    return torch.cat(outputs, 2).to(query.dtype)
+            parts.append(_rows(*arguments))
+    outputs, lse = zip(*parts, strict=True)
+    return torch.cat(outputs, 2).to(query.dtype), torch.cat(lse, 2)
 
 
 def _rows(
     query: Tensor, key: Tensor, value: Tensor, block: Tensor, token: Tensor, mark: Tensor, scale: float
-) -> Tensor:
-    """The last R rows over J keys: `(B, Hq, R, Dv)`. block, token, mark: `(B, J)`."""
+) -> tuple[Tensor, Tensor]:
+    """The last R rows over J keys: `(B, Hq, R, Dv)` and `(B, Hq, R)`. block, token, mark: `(B, J)`."""
     batch, heads, rows, _ = query.shape
     kv_heads, keys = key.shape[1:3]
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -74,10 +85,11 @@ def _rows(
     # One softmax over the row's own block and the landmarks of earlier blocks that have tokens.
     outer_scores = scores.masked_fill(~(own | gate), -torch.inf)
     top = outer_scores.detach().amax(3, keepdim=True)
-    exponentials = torch.where(own | gate, (outer_scores - torch.where(top == -torch.inf, 0.0, top)).exp(), 0.0)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    exponentials = torch.where(own | gate, (outer_scores - top).exp(), 0.0)
     total = exponentials.sum(3, keepdim=True)
     outer = exponentials / torch.where(total == 0, 1.0, total)
 
     gates = empty.scatter_add(3, index, torch.where(gate, outer, 0.0))
     weights = torch.where(own, outer, 0.0) + gates.gather(3, index) * inner
-    return weights @ value
+    return weights @ value, (total.log() + top).squeeze(3).detach()
