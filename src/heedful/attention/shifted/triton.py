@@ -395,8 +395,6 @@ def _backward_key(
     HEADS: tl.constexpr,
     HEADS_A_KEY: tl.constexpr,
     D: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -449,13 +447,11 @@ def _backward_key(
             logits = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             weights = tl.exp2(logits * scale2 - row_lse[None, :])
             d_out = _load(d_output, batch, head, start + begin, lanes, False)
-            if VALUE:
-                acc_v = tl.dot(weights.to(d_out.dtype), d_out, acc_v, input_precision=PRECISION)
-            if KEY:
-                row_delta = tl.load(delta + flat + begin + lanes)
-                d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-                d_logits = weights * (d_weights - row_delta[None, :])
-                acc_k = tl.dot(d_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
+            acc_v = tl.dot(weights.to(d_out.dtype), d_out, acc_v, input_precision=PRECISION)
+            row_delta = tl.load(delta + flat + begin + lanes)
+            d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+            d_logits = weights * (d_weights - row_delta[None, :])
+            acc_k = tl.dot(d_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
         if WRAP:
             wraps = (shift > 0) & (end > _joined(count, shift, group))
@@ -478,19 +474,15 @@ def _backward_key(
                 logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2
                 seen = _sees(i[None, :], j[:, None], shift, group, count, 0, WRAP)
                 weights = tl.where(seen & inside[:, None], tl.exp2(logits - row_lse[None, :]), 0.0)
-                if VALUE:
-                    acc_v = tl.dot(weights.to(d_out.dtype), d_out, acc_v, input_precision=PRECISION)
-                if KEY:
-                    d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
-                    d_logits = weights * (d_weights - row_delta[None, :])
-                    acc_k = tl.dot(d_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
+                acc_v = tl.dot(weights.to(d_out.dtype), d_out, acc_v, input_precision=PRECISION)
+                d_weights = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+                d_logits = weights * (d_weights - row_delta[None, :])
+                acc_k = tl.dot(d_logits.to(q.dtype), q, acc_k, input_precision=PRECISION)
 
     place = ((batch.to(tl.int64) * length + start + j) * KV_HEADS + kv_head) * D
     kept = (j < count)[:, None]
-    if KEY:
-        tl.store(d_key + place[:, None] + dims[None, :], (acc_k * scale).to(d_key.dtype.element_ty), mask=kept)
-    if VALUE:
-        tl.store(d_value + place[:, None] + dims[None, :], acc_v.to(d_value.dtype.element_ty), mask=kept)
+    tl.store(d_key + place[:, None] + dims[None, :], (acc_k * scale).to(d_key.dtype.element_ty), mask=kept)
+    tl.store(d_value + place[:, None] + dims[None, :], acc_v.to(d_value.dtype.element_ty), mask=kept)
 
 
 INTERPRETED = not isinstance(_forward, triton.JITFunction)
@@ -506,18 +498,18 @@ class _Tile(NamedTuple):
 class _Config(NamedTuple):
     forward: _Tile
     backward_query: _Tile
-    backward_key: tuple[tuple[_Tile, str], ...]  # passes, and which gradients each computes
+    backward_key: _Tile
 
 
 def _config(dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
         tile = _Tile(32, 32, 4, 2) if dim <= 128 else _Tile(16, 16, 4, 2)
-        return _Config(tile, tile, ((tile, "key value"),))
+        return _Config(tile, tile, tile)
     if dim <= 64:
-        return _Config(_Tile(128, 64, 4, 3), _Tile(128, 64, 4, 3), ((_Tile(64, 128, 4, 3), "key value"),))
-    if dim <= 128:
-        return _Config(_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 3), ((_Tile(64, 128, 8, 2), "key value"),))
-    return _Config(_Tile(128, 64, 8, 2), _Tile(64, 32, 4, 2), ((_Tile(32, 64, 8, 2), "key value"),))
+        return _Config(_Tile(128, 64, 4, 3), _Tile(128, 64, 4, 3), _Tile(64, 64, 4, 2))
+    if dim <= 128:  # 64 queries a step would spill: two sums of 128 x 128 are half of the registers
+        return _Config(_Tile(128, 128, 8, 3), _Tile(128, 64, 8, 3), _Tile(32, 128, 8, 3))
+    return _Config(_Tile(128, 64, 8, 2), _Tile(64, 32, 8, 2), _Tile(32, 64, 8, 2))
 
 
 def _prepare(attention_mask: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor]:
@@ -681,32 +673,30 @@ def _launch_backward(
         d_sinks = parts.sum(2).unflatten(2, (kv_heads, -1)).sum(3)
     else:
         d_sinks = torch.empty((2, 0), dtype=torch.float32, device=query.device)
-    for tile, which in config.backward_key:
-        _backward_key[(triton.cdiv(length, tile.block_n), kv_heads, batch)](
-            _blocks(query, tile.block_m),
-            _blocks(key, tile.block_n),
-            _blocks(value, tile.block_n),
-            mask,
-            rows,
-            lse,
-            delta,
-            _blocks(d_output, tile.block_m),
-            d_sinks[0],
-            d_sinks[1],
-            d_key,
-            d_value,
-            scale,
-            *numbers,
-            **constants,
-            KEY="key" in which,
-            VALUE="value" in which,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            HAS_SINKS=sinks > 0,
-            WRAP=wrap,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    tile = config.backward_key
+    _backward_key[(triton.cdiv(length, tile.block_n), kv_heads, batch)](
+        _blocks(query, tile.block_m),
+        _blocks(key, tile.block_n),
+        _blocks(value, tile.block_n),
+        mask,
+        rows,
+        lse,
+        delta,
+        _blocks(d_output, tile.block_m),
+        d_sinks[0],
+        d_sinks[1],
+        d_key,
+        d_value,
+        scale,
+        *numbers,
+        **constants,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        HAS_SINKS=sinks > 0,
+        WRAP=wrap,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return d_query, d_key, d_value
 
 
