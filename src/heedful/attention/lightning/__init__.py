@@ -160,19 +160,24 @@ def alibi_slopes(num_heads: int, layer: int | None = None, num_layers: int | Non
     Paper:
         "Lightning Attention-2", arXiv 2401.04658; "Train Short, Test Long", Press, Smith, Lewis, arXiv 2108.12409 (ALiBi).
     """
+    return torch.tensor(slopes(num_heads, layer, num_layers), dtype=torch.float32)
+
+
+def slopes(num_heads: int, layer: int | None = None, num_layers: int | None = None) -> list[float]:
+    """`alibi_slopes` as numbers, for modules that are built on the meta device."""
     if isinstance(num_heads, bool) or not isinstance(num_heads, int) or num_heads < 1:
         raise ValueError(f"num_heads must be an integer of at least 1, got {num_heads!r}")
     if (layer is None) != (num_layers is None):
         raise ValueError("give layer and num_layers, or neither")
     power = 1 << (num_heads.bit_length() - 1)
-    slopes = [2.0 ** (-8 * (h + 1) / power) for h in range(power)]
-    slopes += [2.0 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
+    rates = [2.0 ** (-8 * (h + 1) / power) for h in range(power)]
+    rates += [2.0 ** (-4 * (2 * h + 1) / power) for h in range(num_heads - power)]
     factor = 1.0
     if layer is not None and num_layers is not None:
         if not 0 <= layer < num_layers:
             raise ValueError(f"layer must be from 0 to num_layers - 1 = {num_layers - 1}, got {layer}")
         factor = 1 - layer / max(1, num_layers - 1) + 1e-5
-    return torch.tensor(slopes, dtype=torch.float32) * factor
+    return [rate * factor for rate in rates]
 
 
 def _triton_refuses(query: Tensor, value: Tensor) -> str | None:

@@ -54,9 +54,9 @@ def _locate(bounds, table, segment, segments, length, MASKED: tl.constexpr, PACK
 
 
 @triton.jit
-def _rows(tensor, row, head, first, stride_b, stride_h, stride_t, dims):
-    """Pointer to the row of token `first`, `(1, dims)`."""
-    return tensor + row * stride_b + head.to(tl.int64) * stride_h + first.to(tl.int64) * stride_t + dims[None, :]
+def _token(tensor, row, head, token, stride_b, stride_h, stride_t):
+    """Pointer to a token's vector. Inside a tile offsets are 32 bits: a pointer for each element would fill the registers."""
+    return tensor + row * stride_b + head.to(tl.int64) * stride_h + token.to(tl.int64) * stride_t
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -73,15 +73,15 @@ def _segment_states(
     segment_length,
     stride_key_b,
     stride_key_h,
-    stride_key_t,
     stride_value_b,
     stride_value_h,
-    stride_value_t,
     HEADS: tl.constexpr,
     KEY_GROUP: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
+    STRIDE_KEY_T: tl.constexpr,
+    STRIDE_VALUE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -109,34 +109,33 @@ def _segment_states(
     at = tl.arange(0, BLOCK_T)
     if REVERSE:
         token = start + count - 1 - begin
-        key_step = -tl.cast(stride_key_t, tl.int64)
-        value_step = -tl.cast(stride_value_t, tl.int64)
+        along = -at
         behind = BLOCK_T - at
     else:
         token = start + begin
-        key_step = tl.cast(stride_key_t, tl.int64)
-        value_step = tl.cast(stride_value_t, tl.int64)
+        along = at
         behind = BLOCK_T - 1 - at
     kept = tl.exp2(-rate * behind)
     whole = tl.exp2(-rate * BLOCK_T)
-    far = at.to(tl.int64)[:, None]
-    keys = _rows(key, row, head // KEY_GROUP, token, stride_key_b, stride_key_h, stride_key_t, dims) + far * key_step
-    values = _rows(value, row, head // VALUE_GROUP, token, stride_value_b, stride_value_h, stride_value_t, columns)
-    values += far * value_step
+    key_offset = along[:, None] * STRIDE_KEY_T + dims[None, :]
+    value_offset = along[:, None] * STRIDE_VALUE_T + columns[None, :]
+    key = _token(key, row, head // KEY_GROUP, token, stride_key_b, stride_key_h, STRIDE_KEY_T)
+    value = _token(value, row, head // VALUE_GROUP, token, stride_value_b, stride_value_h, STRIDE_VALUE_T)
+    tile = tl.cast(-BLOCK_T if REVERSE else BLOCK_T, tl.int64)
     state = tl.zeros((BLOCK_D, BLOCK_E), tl.float32)
     for _ in range(begin, first + segment_length, BLOCK_T):
         if MASKED:
-            real = tl.load(mask + row * length + (token - at if REVERSE else token + at))[:, None] != 0
-            token += -BLOCK_T if REVERSE else BLOCK_T
-            k = tl.load(keys, mask=real & (dims < D)[None, :], other=0.0)
-            v = tl.load(values, mask=real & (columns < E)[None, :], other=0.0)
+            real = tl.load(mask + row * length + token + along)[:, None] != 0
+            token += tile.to(tl.int32)
+            k = tl.load(key + key_offset, mask=real & (dims < D)[None, :], other=0.0)
+            v = tl.load(value + value_offset, mask=real & (columns < E)[None, :], other=0.0)
         else:
-            k = tl.load(keys) if D == BLOCK_D else tl.load(keys, mask=(dims < D)[None, :], other=0.0)
-            v = tl.load(values) if E % BLOCK_E == 0 else tl.load(values, mask=(columns < E)[None, :], other=0.0)
-        k = (k * kept[:, None]).to(v.dtype)
+            k = tl.load(key + key_offset, mask=None if D == BLOCK_D else (dims < D)[None, :])
+            v = tl.load(value + value_offset, mask=None if E % BLOCK_E == 0 else (columns < E)[None, :])
+        v = (v * kept[:, None]).to(k.dtype)
         state = tl.dot(tl.trans(k), v, state * whole, input_precision=PRECISION)
-        keys += BLOCK_T * key_step
-        values += BLOCK_T * value_step
+        key += tile * STRIDE_KEY_T
+        value += tile * STRIDE_VALUE_T
     place = states + (segment.to(tl.int64) * HEADS + head) * (D * E)
     inside = (dims < D)[:, None] & (columns < E)[None, :]
     tl.store(place + dims[:, None] * E + columns[None, :], state, mask=inside)
@@ -209,16 +208,12 @@ def _outputs(
     segment_length,
     stride_query_b,
     stride_query_h,
-    stride_query_t,
     stride_key_b,
     stride_key_h,
-    stride_key_t,
     stride_value_b,
     stride_value_h,
-    stride_value_t,
     stride_output_b,
     stride_output_h,
-    stride_output_t,
     stride_state_d,
     stride_state_e,
     stride_final_d,
@@ -229,6 +224,10 @@ def _outputs(
     VALUE_GROUP: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
+    STRIDE_QUERY_T: tl.constexpr,
+    STRIDE_KEY_T: tl.constexpr,
+    STRIDE_VALUE_T: tl.constexpr,
+    STRIDE_OUTPUT_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -270,26 +269,21 @@ def _outputs(
     at = tl.arange(0, BLOCK_T)
     if REVERSE:
         token = start + count - 1 - first
-        query_step = -tl.cast(stride_query_t, tl.int64)
-        key_step = -tl.cast(stride_key_t, tl.int64)
-        value_step = -tl.cast(stride_value_t, tl.int64)
-        output_step = -tl.cast(stride_output_t, tl.int64)
+        along = -at
         ahead = at
     else:
         token = start + first
-        query_step = tl.cast(stride_query_t, tl.int64)
-        key_step = tl.cast(stride_key_t, tl.int64)
-        value_step = tl.cast(stride_value_t, tl.int64)
-        output_step = tl.cast(stride_output_t, tl.int64)
+        along = at
         ahead = at + 1
-    far = at.to(tl.int64)[:, None]
-    queries = _rows(query, row, head // QUERY_GROUP, token, stride_query_b, stride_query_h, stride_query_t, dims)
-    queries += far * query_step
-    keys = _rows(key, row, head // KEY_GROUP, token, stride_key_b, stride_key_h, stride_key_t, dims) + far * key_step
-    values = _rows(value, row, head // VALUE_GROUP, token, stride_value_b, stride_value_h, stride_value_t, columns)
-    values += far * value_step
-    outputs = _rows(output, row, head, token, stride_output_b, stride_output_h, stride_output_t, columns)
-    outputs += far * output_step
+    query_offset = along[:, None] * STRIDE_QUERY_T + dims[None, :]
+    key_offset = along[:, None] * STRIDE_KEY_T + dims[None, :]
+    value_offset = along[:, None] * STRIDE_VALUE_T + columns[None, :]
+    output_offset = along[:, None] * STRIDE_OUTPUT_T + columns[None, :]
+    query = _token(query, row, head // QUERY_GROUP, token, stride_query_b, stride_query_h, STRIDE_QUERY_T)
+    key = _token(key, row, head // KEY_GROUP, token, stride_key_b, stride_key_h, STRIDE_KEY_T)
+    value = _token(value, row, head // VALUE_GROUP, token, stride_value_b, stride_value_h, STRIDE_VALUE_T)
+    output = _token(output, row, head, token, stride_output_b, stride_output_h, STRIDE_OUTPUT_T)
+    tile = tl.cast(-BLOCK_T if REVERSE else BLOCK_T, tl.int64)
 
     distance = at[:, None] - at[None, :]
     within = tl.where(distance >= 0, tl.exp2(-rate * tl.maximum(distance, 0)), 0.0)
@@ -298,15 +292,13 @@ def _outputs(
         rows = tl.minimum(last - begin, BLOCK_T)
         inside = (at < rows)[:, None]
         if MASKED:
-            real = inside & (
-                tl.load(mask + row * length + (token - at if REVERSE else token + at), mask=at < rows, other=0) != 0
-            )[:, None]
-            token += -BLOCK_T if REVERSE else BLOCK_T
+            real = tl.load(mask + row * length + token + along, mask=at < rows, other=0)[:, None] != 0
+            token += tile.to(tl.int32)
         else:
             real = inside
-        q = tl.load(queries, mask=real if D == BLOCK_D else real & (dims < D)[None, :], other=0.0)
-        k = tl.load(keys, mask=real if D == BLOCK_D else real & (dims < D)[None, :], other=0.0)
-        v = tl.load(values, mask=real if E % BLOCK_E == 0 else real & (columns < E)[None, :], other=0.0)
+        q = tl.load(query + query_offset, mask=real if D == BLOCK_D else real & (dims < D)[None, :], other=0.0)
+        k = tl.load(key + key_offset, mask=real if D == BLOCK_D else real & (dims < D)[None, :], other=0.0)
+        v = tl.load(value + value_offset, mask=real if E % BLOCK_E == 0 else real & (columns < E)[None, :], other=0.0)
         if q.dtype == tl.float16:  # a state of many tokens may be beyond float16
             acc = tl.dot(q.to(tl.float32), state, input_precision="tf32")
         else:
@@ -314,18 +306,18 @@ def _outputs(
         weights = tl.dot(q, tl.trans(k), input_precision=PRECISION) * within
         acc = tl.dot(weights.to(v.dtype), v, acc * from_state, input_precision=PRECISION)
         tl.store(
-            outputs,
+            output + output_offset,
             (acc * scale).to(output.dtype.element_ty),
             mask=inside if E % BLOCK_E == 0 else inside & (columns < E)[None, :],
         )
         # The state moves on by the rows there are, not by the tile: it stays that of the last token.
         behind = tl.maximum(rows - 1 - at, 0) + (1 if REVERSE else 0)
-        k = (k * tl.exp2(-rate * behind)[:, None]).to(v.dtype)
+        v = (v * tl.exp2(-rate * behind)[:, None]).to(k.dtype)
         state = tl.dot(tl.trans(k), v, state * tl.exp2(-rate * rows), input_precision=PRECISION)
-        queries += BLOCK_T * query_step
-        keys += BLOCK_T * key_step
-        values += BLOCK_T * value_step
-        outputs += BLOCK_T * output_step
+        query += tile * STRIDE_QUERY_T
+        key += tile * STRIDE_KEY_T
+        value += tile * STRIDE_VALUE_T
+        output += tile * STRIDE_OUTPUT_T
 
     if HAS_FINAL and last == count:
         if FINAL_SCALE:
@@ -446,7 +438,9 @@ def _run(
     common = {"HEADS": heads, "D": dim, "E": columns}
     common |= {"MASKED": mask is not None, "PACKED": plan.table is not None}
     more = {"BLOCK_D": max(16, triton.next_power_of_2(dim)), "REVERSE": reverse, "PRECISION": precision}
-    groups = {"KEY_GROUP": heads // key.shape[1], "VALUE_GROUP": heads // value.shape[1]}
+    # The stride of a token is a constant of the model, not of the length; known, it costs no registers.
+    strides = {"STRIDE_KEY_T": key.stride(2), "STRIDE_VALUE_T": value.stride(2)}
+    groups = strides | {"KEY_GROUP": heads // key.shape[1], "VALUE_GROUP": heads // value.shape[1]}
     sizes = (query.shape[2], plan.segments, plan.segment_length)
     if plan.segments > 1 and states is None:
         assert not transposed
@@ -461,8 +455,8 @@ def _run(
             decay,
             states,
             *sizes,
-            *key.stride()[:3],
-            *value.stride()[:3],
+            *key.stride()[:2],
+            *value.stride()[:2],
             BLOCK_E=summing.block_e,
             BLOCK_T=summing.block_t,
             num_warps=summing.num_warps,
@@ -500,14 +494,16 @@ def _run(
         final,
         scale,
         *sizes,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *output.stride()[:3],
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        *output.stride()[:2],
         *across,
         *across,
         BLOCK_E=main.block_e,
         BLOCK_T=main.block_t,
+        STRIDE_QUERY_T=query.stride(2),
+        STRIDE_OUTPUT_T=output.stride(2),
         QUERY_GROUP=heads // query.shape[1],
         HAS_STATES=states is not None,
         HAS_INITIAL=initial is not None,
@@ -523,7 +519,8 @@ def _run(
 
 
 def _contiguous_rows(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+    """Copies where a row's elements are apart, or tokens too far apart for offsets of 32 bits inside a tile."""
+    return [x if x.stride(3) == 1 and x.stride(2) < 2**23 else x.contiguous() for x in tensors]
 
 
 def _forward(
