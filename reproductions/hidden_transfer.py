@@ -5,16 +5,14 @@ after the last layer (a linear head without refinement). Compared, on the model'
 often each step's first candidate is the model's own token, tokens a step, trainable parameters, rows a step. For the default
 layers also how close pseudo states come to the real ones, layer by layer.
 
-    python reproductions/hidden_transfer.py [--steps 300] [--device cuda] [--processes 4] [--quick] [--out FILE]
+    python reproductions/hidden_transfer.py [--steps 150] [--device cuda] [--seconds 90] [--quick] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,11 @@ PROMPT, STEPS = 64, 3
 TREE = [path for path in MC_SIM_7B_63 if len(path) <= STEPS][:32]
 VARIANTS: dict[str, dict[str, Any]] = {
     "Medusa, 3 heads": {},
-    "layers 0 0 0": {"transfer_layers": [0, 0, 0]},
-    "layers 2 3 4": {"transfer_layers": [2, 3, 4]},
     "layers 5 6 7": {"transfer_layers": [5, 6, 7]},
-    "layers 7 8 9": {"transfer_layers": [7, 8, 9]},
-    "layers 9 9 9": {"transfer_layers": [9, 9, 9]},
     "layers 10 10 10": {"transfer_layers": [10, 10, 10]},
+    "layers 0 0 0": {"transfer_layers": [0, 0, 0]},
+    "layers 8 8 8": {"transfer_layers": [8, 8, 8]},
+    "layers 3 4 5": {"transfer_layers": [3, 4, 5]},
     "layers 5 6 7, source previous": {"transfer_layers": [5, 6, 7], "source": "previous"},
     "layers 5 6 7, labels of the text": {"transfer_layers": [5, 6, 7], "hard_labels": True},
 }
@@ -95,12 +92,10 @@ def similarity(drafter: HiddenTransfer, model: Any, rows: Tensor) -> dict[str, l
 
 def run(name: str, device: str, steps: int, text: Path, work: Path, number: int, tokens: int) -> dict[str, Any]:
     """Trains and measures one variant."""
-    if device == "cpu":
-        torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = False
     model, tokenizer = zoo.load("classics-20m", device=device)
     options = dict(VARIANTS[name])
-    size = {"batch_size": 16, "length": 256} if device != "cpu" else {"batch_size": 4, "length": 96}
+    size = {"batch_size": 32, "length": 256} if device != "cpu" else {"batch_size": 4, "length": 96}
     common: dict[str, Any] = {"steps": steps, "lr": 2e-3, "calibration_rows": 0, "progress": False, **size}
     out = work / name.replace(" ", "-")
     began = time.perf_counter()
@@ -136,29 +131,27 @@ def run(name: str, device: str, steps: int, text: Path, work: Path, number: int,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four variants, 20 steps, few continuations")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--processes", type=int, default=1, help="variants trained side by side")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which no further variant is begun")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     began = time.perf_counter()
-    steps, number, tokens = (20, 4, 40) if arguments.quick else (arguments.steps, 24, 96)
+    steps, number, tokens = (20, 4, 40) if arguments.quick else (arguments.steps, 8, 64)
     names = [MEDUSA, "layers 0 0 0", DEFAULT, LAST] if arguments.quick else list(VARIANTS)
     figures: dict[str, Any] = {"training_steps": steps, "nodes_of_the_tree": len(TREE), "variants": {}}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        text = training_text(work, arguments.data, arguments.device, 0 if arguments.quick else 512, 3_000_000)
+        text = training_text(work, arguments.data, arguments.device, 0 if arguments.quick else 512, 1_500_000)
         given = (arguments.device, steps, text, work, number, tokens)
-        if arguments.processes == 1:
-            results = {name: run(name, *given) for name in names}
-        else:
-            with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
-                waiting = {name: pool.submit(run, name, *given) for name in names}
-                results = {name: future.result() for name, future in waiting.items()}
+        results = {}
+        for name in names:
+            if time.perf_counter() - began < arguments.seconds:
+                results[name] = run(name, *given)
     figures["variants"] = results
     by_step = {name: result["agreement_by_step"] for name, result in results.items()}
-    refined = [name for name in names if name.startswith("layers") and name != LAST]
+    refined = [name for name in results if name.startswith("layers") and name != LAST]
     best = max(refined, key=lambda name: sum(by_step[name][1:]))
     cosines = results[DEFAULT]["cosine_of_pseudo_and_real_states_by_layer"]
     claims = {

@@ -5,7 +5,7 @@ Three draft blocks are trained on pieces of 512 tokens, alike but for what is le
 model's own choice by lag and by distance into the text; and, decoding behind prompts of 3,000 tokens, tokens a step of beam
 trees and of a greedy chain. Last, the bytes of the draft's own cache behind 1,000 and 32,000 tokens.
 
-    python reproductions/longspec.py [--steps 400] [--device cuda] [--processes 3] [--quick] [--out FILE]
+    python reproductions/longspec.py [--steps 300] [--device cuda] [--quick] [--out FILE]
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
-import multiprocessing
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +85,6 @@ def teacher_forced(block: LongSpec, model: Any, rows: Tensor) -> dict[str, Any]:
 
 def run(name: str, device: str, steps: int, text: Path, work: Path, data: Path, quick: bool) -> dict[str, Any]:
     """Trains and measures one block."""
-    if device == "cpu":
-        torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
     model, tokenizer = zoo.load("classics-20m", device=device)
     torch.manual_seed(0)
     block = LongSpec.for_model(model)
@@ -97,13 +92,15 @@ def run(name: str, device: str, steps: int, text: Path, work: Path, data: Path, 
         setattr(block, attribute, value)
     size = {"batch_size": 32, "length": 512} if device != "cpu" else {"batch_size": 4, "length": 256}
     out = work / name.replace(" ", "-")
-    train_longspec(model, tokenizer, text, out, drafter=block, steps=steps, lr=1e-3, progress=False, **size)
+    train_longspec(
+        model, tokenizer, text, out, drafter=block, steps=steps, lr=1e-3, progress=False, calibration_rows=0, **size
+    )
     return measure(LongSpec.from_pretrained(out), name, device, data, quick)
 
 
 def measure(block: LongSpec, name: str, device: str, data: Path, quick: bool) -> dict[str, Any]:
     model, tokenizer = zoo.load("classics-20m", device=device)
-    length, number, tokens = (1024, 2, 32) if quick else (4096, 12, 64)
+    length, number, tokens = (1024, 2, 32) if quick else (4096, 8, 64)
     rows = long_rows(tokenizer, data, number, length).to(device)
     figures = teacher_forced(block, model, rows)
     prompts = list(rows[:, : 700 if quick else 3000].split(1))
@@ -112,7 +109,7 @@ def measure(block: LongSpec, name: str, device: str, data: Path, quick: bool) ->
     texts = plain["sequences"]
     figures["trees"] = {}
     for shape, widths in SHAPES.items():
-        block.tree_shape = widths
+        block.tree_shape, block.fit_device = widths, False
         found = decode(model, prompts, block, texts, **options)
         figures["trees"][shape] = {
             "tokens_per_step": round(found["tokens_per_step"], 3),
@@ -143,8 +140,7 @@ def cache_bytes(device: str, lengths: tuple[int, int]) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the shipped block alone, on shorter texts")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--processes", type=int, default=1, help="blocks trained side by side")
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
@@ -157,11 +153,9 @@ def main() -> None:
     if not quick:
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
-            text = training_text(work, arguments.data, device, 512, 5_000_000)
+            text = training_text(work, arguments.data, device, 512, 1_500_000)
             given = (device, arguments.steps, text, work, arguments.data, quick)
-            with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
-                waiting = {name: pool.submit(run, name, *given) for name in BLOCKS}
-                results = {name: future.result() for name, future in waiting.items()}
+            results = {name: run(name, *given) for name in BLOCKS}
     results["shipped"] = measure(shipped, "shipped", device, arguments.data, quick)
     cached = cache_bytes(device, (1000, 4000) if quick else (1000, 32_000))
     first = results["shipped" if quick else PAPER]

@@ -6,7 +6,7 @@ plain run's two best logits there must lie within 1e-3 (a near tie, which severa
 at most once in 1,000 prompts. ``transformers``' own ``generate`` is compared on the first batches. On a GPU the drafters run in
 CUDA graphs (Hidden Transfer in the eager engine, and Token Recycling on some batches in both), and bfloat16 forks are counted.
 
-    python reproductions/lossless.py [--device cuda] [--prompts 2000] [--tokens 64] [--batch 40] [--data ../shared/data] [--out FILE]
+    python reproductions/lossless.py [--device cuda] [--prompts 2000] [--tokens 48] [--batch 80] [--data ../shared/data] [--out FILE]
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="60 prompts of 32 tokens")
     parser.add_argument("--prompts", type=int, default=2000)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=40)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=80)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--generate", type=int, default=8, help="batches on which generate is compared too")

@@ -39,10 +39,10 @@ class Counting(Medusa):
     """Counts how often each node of the tree is accepted (in the eager engine, which calls `update`)."""
 
     def count(self) -> None:
-        self.steps, self.accepted = 0, [0] * len(self.tree)
+        self.verified, self.accepted = 0, [0] * len(self.tree)
 
     def update(self, trees: Any, outputs: Any, paths: Any, new_roots: Any) -> None:
-        self.steps += 1
+        self.verified += 1
         for node in paths[0]:
             self.accepted[node] += 1
         super().update(trees, outputs, paths, new_roots)
@@ -70,7 +70,7 @@ def by_head(accuracies: list[list[float]]) -> dict[str, Any]:
 
 
 def shipped(device: str, quick: bool) -> dict[str, Any]:
-    number, tokens = (4, 40) if quick else (24, 96)
+    number, tokens = (4, 40) if quick else (16, 96)
     model, tokenizer = zoo.load("classics-20m", device=device)
     drafter = Counting.from_pretrained(zoo.path("classics-20m-medusa"), max_nodes=63)
     rows = held_out_rows(tokenizer, 2 * number, PROMPT)
@@ -87,7 +87,7 @@ def shipped(device: str, quick: bool) -> dict[str, Any]:
         drafter.set_tree(paths)
         drafter.count()
         counted = decode(model, prompts, drafter, texts, engine="eager", **options)
-        sums = 1 + sum(drafter.accepted[1:]) / drafter.steps
+        sums = 1 + sum(drafter.accepted[1:]) / drafter.verified
         timed = decode(model, prompts, drafter, texts, **options)
         right = sum(
             float(torch.stack([hits[:, :, step, rank] for step, rank in enumerate(path)]).all(0).float().mean())

@@ -1,12 +1,13 @@
 """LongSpec: lags, moved positions, the ring, the beam tree (the card's list, as far as it concerns the draft)."""
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import build, inputs
 from transformers import DynamicCache
 
 import heedful
-from heedful.decoding import LongSpec
+from heedful.decoding import LongSpec, longspec
 from heedful.decoding.longspec import _State, _windowed
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -16,6 +17,7 @@ def block(model, **options):
     torch.manual_seed(3)
     drafter = LongSpec.for_model(model, **{"initializer_range": 0.3, "tree_shape": (4, 6, 6), **options})
     drafter.bind(model)
+    drafter.fit(model, 1)
     return drafter
 
 
@@ -93,7 +95,7 @@ def test_the_first_level_is_the_training_forward_and_a_chain_is_greedy():
     assert parents[0].tolist()[:4] == [-1, 0, 0, 0]
     again, _ = draft(drafter, 10)  # what lies before the window does not matter
     assert torch.equal(tokens, again)
-    drafter.tree_shape = (1, 1, 1, 1)
+    drafter.shape = (1, 1, 1, 1)
     chain, parents = draft(drafter, 0)
     assert chain[0, 1] == expected[0]
     assert parents[0].tolist() == [-1, 0, 1, 2, 3]
@@ -124,6 +126,35 @@ def test_siblings_differ_and_the_ring_does_not_grow():
     tokens, parents = drafter._state.draft(torch.tensor([4]), where, cache, where, torch.zeros(1, dtype=torch.long))
     pairs = list(zip(parents[0].tolist(), tokens[0].tolist(), strict=True))
     assert len(set(pairs)) == len(pairs)
+
+
+def test_the_shape_is_the_one_that_pays_on_the_device(monkeypatch, tmp_path):
+    model = build("llama", dtype=torch.float64)
+    given = inputs(model, batch=1)
+    drafter = block(model)
+    found = drafter.calibrate(model, given["input_ids"], shapes=((1,), (4, 6)), new_tokens=12)
+    assert [shape for shape, _ in found] == [[1], [4, 6]]
+    assert all(tokens >= 1.0 for _, tokens in found)
+    assert drafter.tree_shape == (4, 6, 6)
+    drafter.save_pretrained(tmp_path)
+    drafter = LongSpec.from_pretrained(tmp_path)
+    assert [tuple(entry) for entry in drafter.measured] == [(shape, tokens) for shape, tokens in found]
+    drafter.measured = [([1, 1], 1.6), ([4, 6], 2.0)]
+    monkeypatch.setattr(longspec, "seconds_of", lambda run, device: run() and 0.1)
+    chosen = []
+    for slope in (0.0, 0.06, 10.0):
+        monkeypatch.setattr(
+            longspec, "forward_costs", lambda model, batch, rows, slope=slope: 1 + slope * np.arange(rows)
+        )
+        drafter._fitted = ()
+        result = heedful.generate(model, drafter=drafter, **given, **GREEDY)
+        assert torch.equal(result.sequences, model.generate(**given, **GREEDY))
+        chosen.append(drafter.shape)
+    assert chosen == [(4, 6), (1, 1), ()]
+    assert result.stats.tokens_per_step == 1.0
+    drafter.fit_device = False
+    heedful.generate(model, drafter=drafter, **given, **GREEDY)
+    assert drafter.shape == (4, 6, 6)
 
 
 def test_a_cycle_is_learnt():

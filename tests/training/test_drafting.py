@@ -14,7 +14,7 @@ from tiny_models import build
 
 import heedful
 from heedful import cli
-from heedful.decoding import HiddenTransfer, LongSpec, Medusa
+from heedful.decoding import HiddenTransfer, LongSpec, Medusa, longspec
 from heedful.training import self_distill, train_drafter, train_hidden_transfer, train_longspec, train_medusa
 from heedful.training.drafting import PackedRows, read_documents, read_pieces
 
@@ -192,7 +192,8 @@ def test_two_processes_have_the_losses_of_one(text, tmp_path):
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
 
 
-def test_recipes_write_folders_that_draft(text, tmp_path):
+def test_recipes_write_folders_that_draft(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(longspec, "SHAPES", ((1,), (2, 2)))
     model = build("llama")
     model.config.pad_token_id = 2
     options = SMALL | {"calibration_rows": 2}
@@ -203,8 +204,11 @@ def test_recipes_write_folders_that_draft(text, tmp_path):
     }
     for kind, train in recipes.items():
         drafter = kind.from_pretrained(train(tmp_path / kind.__name__))
-        if kind is not LongSpec:
+        if kind is LongSpec:
+            assert [shape for shape, _ in drafter.measured] == [[1], [2, 2]]
+        else:
             assert len(drafter.tree.paths) == 6
+            assert len(drafter.accuracies) == drafter.steps
         ids = torch.tensor([[5, 6, 7]])
         greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
         assert torch.equal(heedful.generate(model, ids, drafter, **greedy).sequences, model.generate(ids, **greedy))
@@ -266,6 +270,7 @@ def test_train_on_the_command_line(text, tmp_path, capsys, monkeypatch):
             cli.main()
         return end.value.code or 0, capsys.readouterr()
 
+    monkeypatch.setattr(LongSpec, "calibrate", lambda *_: None)  # it takes a while on a CPU
     given = ("--data", text, "--steps", 1, "--batch-size", 1, "--length", 16)
     code, said = heedful_train("longspec", "--out", tmp_path / "one", *given)
     assert code == 0, said.err

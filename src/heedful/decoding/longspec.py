@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,12 +14,16 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from heedful.attention import tree_attention
 from heedful.decoding.device_walk import ancestors_of
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
+from heedful.decoding.sizing import forward_costs, seconds_of
 from heedful.decoding.support import model_device
 from heedful.decoding.trained import TrainedDrafter, mean_where, output_weight
 from heedful.decoding.tree import DraftTree
 
 #: The longest text for which training moves positions apart, and how far.
 ANCHORED_LENGTH, LARGEST_OFFSET, MOST_ANCHORS, MOST_LAG = 1200, 30_000, 4, 4
+#: Shapes of trees that `LongSpec.calibrate` measures, from a chain to the paper's.
+SHAPES = ((1, 1), (1, 1, 1, 1), (2, 4), (4, 8, 8, 8), (4, 16, 16, 16, 16))
+_ALONE = torch.tensor([-1])
 
 
 class LongSpec(TrainedDrafter):
@@ -47,6 +52,9 @@ class LongSpec(TrainedDrafter):
         initializer_range: standard deviation of the initial weights. Default 0.02.
         window: tokens that the block's own attention reaches back. Default 512.
         tree_shape: nodes of each level. Default (4, 16, 16, 16, 16): 68 nodes; ``(1, 1, 1, 1)`` is a greedy chain.
+        measured: shapes, each with the tokens a step that `calibrate` counted for it; kept with the drafter.
+        fit_device: where shapes were measured, draft with the one that promises most tokens per second on this device (it times
+            the model's forward and a draft once), on a slow one perhaps with none. False: always ``tree_shape``. Default True.
 
     Raises:
         ValueError: for a target of other sizes, or one whose cached keys are not rotated over the whole head (partial rotary,
@@ -78,6 +86,8 @@ class LongSpec(TrainedDrafter):
         initializer_range: float = 0.02,
         window: int = 512,
         tree_shape: list[int] | tuple[int, ...] = (4, 16, 16, 16, 16),
+        measured: list[tuple[list[int], float]] | None = None,
+        fit_device: bool = True,
     ) -> None:
         super().__init__()
         if any(width < 1 for width in tree_shape):
@@ -87,6 +97,8 @@ class LongSpec(TrainedDrafter):
         self.hidden_size, self.head_dim = hidden_size, head_dim
         self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
         self.window, self.tree_shape = window, tuple(tree_shape)
+        self.measured, self.fit_device = measured, fit_device
+        self._fitted: tuple[Any, ...] = ()
         self.requires = frozenset({"cache"})
         queries, keys = num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.self_norm, self.cross_norm, self.mlp_norm = (nn.RMSNorm(hidden_size, eps=rms_norm_eps) for _ in range(3))
@@ -223,10 +235,72 @@ class LongSpec(TrainedDrafter):
         h = self.finish(h, F.pad(read, (0, 0, lag, 0)))
         return F.linear(h, output_weight(model).detach())
 
+    # The tree's shape -----------------------------------------------------------------------------------------------------
+
+    def calibrate(
+        self, model: PreTrainedModel, rows: Tensor, shapes: Sequence[Sequence[int]] | None = None, new_tokens: int = 32
+    ) -> list[tuple[list[int], float]]:
+        """Counts the tokens a step of some shapes, and keeps them with the drafter.
+
+        Args:
+            model: the target.
+            rows: ``(N, T)`` prompts, which are continued greedily, all at once.
+            shapes: default `SHAPES`.
+            new_tokens: of each continuation.
+        """
+        from heedful.decoding.generate import generate
+
+        own, fit = self.tree_shape, self.fit_device
+        self.fit_device, found = False, []
+        options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": None}
+        options["pad_token_id"] = model.config.get_text_config(decoder=True).pad_token_id or 0
+        prompts = cast(LongTensor, rows.to(model_device(model)))
+        ones = torch.ones_like(prompts)  # a token of the text may be the one that pads
+        for shape in SHAPES if shapes is None else shapes:
+            self.tree_shape = tuple(shape)
+            # No graphs: each shape would be captured for a few steps.
+            result = generate(model, prompts, self, engine="eager", attention_mask=ones, **options)
+            entries = [emitted for row in result.stats.accepted for emitted in row]
+            found.append((list(shape), sum(entries) / max(1, len(entries))))
+        self.tree_shape, self.fit_device, self.measured, self._fitted = own, fit, found, ()
+        if isinstance(config := getattr(self, "_hub_mixin_config", None), dict):
+            config["measured"] = found
+        return found
+
+    def fit(self, model: PreTrainedModel, batch_size: int) -> None:
+        """Sets `shape`, the shape that is drafted: ``tree_shape``, or of those measured the one that pays on this device."""
+        if not self.fit_device or not self.measured:
+            self.shape = self.tree_shape
+            return
+        place = (id(model), model.dtype, model_device(model), batch_size)
+        if place == self._fitted:
+            return
+        self._fitted = place
+        costs = forward_costs(model, batch_size, 1 + max(sum(shape) for shape, _ in self.measured))
+        self.shape, best = (), 1.0 / costs[0]
+        for shape, tokens in self.measured:
+            speed = tokens / (costs[sum(shape)] + self._draft_seconds(tuple(shape), batch_size))
+            if speed > best:
+                self.shape, best = tuple(shape), speed
+
+    @torch.no_grad()
+    def _draft_seconds(self, shape: tuple[int, ...], batch: int) -> float:
+        model, length = self.target, 32
+        device = model_device(model)
+        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        memory = torch.zeros(batch, self.num_key_value_heads, length, self.head_dim, device=device, dtype=model.dtype)
+        cache = DynamicCache()
+        for layer in range(layers):
+            cache.update(memory, memory, layer)
+        state = _State(self, batch, shape)
+        at = torch.full((batch,), length, device=device)
+        return seconds_of(lambda: state.draft(at, at, cache, at, torch.zeros_like(at)), device)
+
     # Drafter ------------------------------------------------------------------------------------------------------------
 
     def begin(self, model: PreTrainedModel, batch_size: int) -> None:
         self.bind(model)
+        self.fit(model, batch_size)
         self._state = _State(self, batch_size)
         self._seen = [0] * batch_size
 
@@ -241,6 +315,8 @@ class LongSpec(TrainedDrafter):
         assert self._state is not None
         assert self._cache is not None
         device, batch = model_device(self.target), len(committed)
+        if not self._state.shape:
+            return [DraftTree(root[None], _ALONE) for root in cast(list[LongTensor], list(roots))]  # type: ignore[arg-type]
         # What has become text since the last draft, of a prompt its last tokens alone.
         news = [row[max(seen, len(row) - self.window) :] for seen, row in zip(self._seen, committed, strict=True)]
         widest = max(map(len, news))
@@ -268,9 +344,10 @@ class LongSpec(TrainedDrafter):
 class _State:
     """The block's own keys and values: a ring of the last ``window`` tokens, and a place that takes what is not kept."""
 
-    def __init__(self, block: LongSpec, batch: int) -> None:
+    def __init__(self, block: LongSpec, batch: int, shape: tuple[int, ...] | None = None) -> None:
         model = block.target
         self.block, self.model, self.batch = block, model, batch
+        self.shape = block.shape if shape is None else shape  # a captured graph keeps the shape it was captured with
         device, dtype = model_device(model), model.dtype
         shape = (batch, block.num_key_value_heads, block.window + 1, block.head_dim)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
@@ -306,7 +383,7 @@ class _State:
         scores = torch.zeros(batch, 1, device=roots.device)
         own_keys, own_values = self.keys, self.values
         begin = 0  # of the last level
-        for depth, width in enumerate(block.tree_shape):
+        for depth, width in enumerate(self.shape):
             level = tokens[:, begin:]
             x = self.model.get_input_embeddings()(level)
             at = (positions + depth)[:, None].expand_as(level)
@@ -333,7 +410,7 @@ class _LongSpecOnDevice(DeviceDrafter):
 
     def __init__(self, block: LongSpec, batch: int) -> None:
         self.state = _State(block, batch)
-        self.num_nodes, self.max_depth = 1 + sum(block.tree_shape), len(block.tree_shape)
+        self.num_nodes, self.max_depth = 1 + sum(block.shape), len(block.shape)
         self.padding = torch.zeros(batch, dtype=torch.long, device=self.state.positions.device)
 
     def begin(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.decoding.longspec import LongSpec
-from heedful.training.drafting import train_drafter
+from heedful.training.drafting import PackedRows, is_main_process, read_documents, train_drafter
 
 
 def train_longspec(
@@ -24,6 +24,7 @@ def train_longspec(
     length: int | None = None,
     lr: float | None = None,
     tree_shape: tuple[int, ...] = (4, 16, 16, 16, 16),
+    calibration_rows: int = 8,
     seed: int = 0,
     **options: Any,
 ) -> Path:
@@ -38,15 +39,23 @@ def train_longspec(
         stage: 1 or 2. drafter: to begin with; default in stage 1: an untrained block.
         steps, batch_size, length, lr, seed: of the training; the defaults of length and lr are the stage's.
         tree_shape: of the beam tree that the drafter will draft.
+        calibration_rows: prompts of 64 tokens on which shapes of trees are measured, so that the drafter fits its tree to a device;
+            0: none.
         **options: of `train_drafter`.
     """
     if stage not in (1, 2):
         raise ValueError(f"stage must be 1 (short texts) or 2 (long ones), got {stage}")
     if stage == 2 and drafter is None:
         raise ValueError("stage 2 goes on from a block of stage 1: pass it as drafter=LongSpec.from_pretrained(...)")
+    drafter = drafter or LongSpec.for_model(model, tree_shape=tree_shape)
     longest = min(32_768, model.config.get_text_config(decoder=True).max_position_embeddings)
-    return train_drafter(
-        drafter or LongSpec.for_model(model, tree_shape=tree_shape),
-        model, tokenizer, data, out, steps=steps, batch_size=batch_size, seed=seed, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
+    out = train_drafter(
+        drafter, model, tokenizer, data, out, steps=steps, batch_size=batch_size, seed=seed, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
         length=length or (1024 if stage == 1 else longest), lr=lr or (5e-4 if stage == 1 else 5e-6), **options,
     )  # fmt: skip
+    if calibration_rows and "stop_after" not in options:
+        rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
+        drafter.calibrate(model, rows)
+        if is_main_process():
+            drafter.float().save_pretrained(out)
+    return out
