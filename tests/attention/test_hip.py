@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from heedful.attention import HiPMask, hip_attention
-from heedful.attention.hip import reference
+from heedful.attention.hip import operators, reference
 
 SMALL = {
     "top_k": 32,
@@ -396,6 +396,41 @@ def test_gradcheck():
     inputs = [x.requires_grad_() for x in tensors(heads=2, kv_heads=1, queries=30, dim=3, dtype=torch.float64)]
     _, mask = hip_attention(*inputs, return_mask=True, **SMALL | {"top_k": 4, "block_size_q": 8, "sliding_window": 8})
     assert torch.autograd.gradcheck(lambda *x: hip_attention(*x, mask=mask), inputs)
+
+
+@pytest.mark.parametrize("extra", [{}, {"stages": [(16, 4, 8, None)]}])
+def test_compiles_as_a_whole_with_its_gradients(extra):
+    leaves = [x.requires_grad_() for x in tensors(batch=2, queries=100, dtype=torch.float64)]
+    leaves.append(torch.randn(4, dtype=torch.float64, requires_grad=True))
+    attention_mask = left_padding(2, 100, [0, 7])
+
+    def run(query, key, value, sinks):
+        options = {"attention_mask": attention_mask, "softcap": 3.0, "sink_logits": sinks, "return_mask": True}
+        output, mask = hip_attention(query, key, value, **options, **SMALL, **extra)
+        return output, mask.blocks
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    output, blocks = run(*leaves)
+    again, again_blocks = compiled(*leaves)
+    assert torch.equal(again, output)
+    assert torch.equal(again_blocks, blocks)
+    direction = torch.randn_like(output)
+    for ours, theirs in zip(
+        torch.autograd.grad(again, leaves, direction), torch.autograd.grad(output, leaves, direction), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_registered_operators():
+    query, key, value = tensors(queries=60)
+    sizes = [32, 16, 2, 2, 1, 20, 3, 1]
+    torch.library.opcheck(operators.choose_op, (query, key, left_padding(1, 60, [3]), sizes, "center"))
+    torch.library.opcheck(operators.scan_op, (query, key, None, [16, 4, 8, 0], [32, 20, 3, 1]))
+    mask = hip_attention(query, key, value, return_mask=True, **SMALL)[1]
+    leaves = [x.requires_grad_() for x in (query, key, value, torch.zeros(4))]
+    arguments = (*leaves, mask.blocks, mask.search_end, None, [16, 2, 20, 3, -1], 0.3, 5.0)
+    torch.library.opcheck(operators.attend_op, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

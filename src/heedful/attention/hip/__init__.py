@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.attention.hip import reference
+from heedful.attention.hip import operators, reference
 from heedful.attention.hip.mask import HiPMask, Stage
 
 __all__ = ["HiPMask", "hip_attention"]
@@ -196,7 +196,7 @@ def hip_attention(
                 attention_mask=attention_mask,
             )
         elif mask is None:
-            random = {"generator": generator} if backend is reference else {}
+            random = {} if backend.__name__.endswith("triton") else {"generator": generator}
             mask = backend.choose(
                 query,
                 key,
@@ -240,9 +240,10 @@ def _backend(
     stages: Sequence[Stage] | None,
     head_group_size: int,
 ) -> Any:
-    """The module that computes this call: `reference`, or `triton` where it is asked for or can."""
+    """The module that computes this call: the reference, or `triton` where it is asked for or can."""
+    plain = operators if torch.compiler.is_compiling() else reference
     if impl == "reference" or (impl == "auto" and not query.is_cuda):
-        return reference
+        return plain
     reason = None
     leaves = [x for x in (query, key, value, sink_logits) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
@@ -267,7 +268,7 @@ def _backend(
             return triton
     if impl == "triton":
         raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
-    return reference
+    return plain
 
 
 def check_arguments(
