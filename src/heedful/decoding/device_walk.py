@@ -1,4 +1,5 @@
-"""The walk down the trees as tensor operations of fixed shapes: what `Engine.walk` does, without leaving the device."""
+"""The walk down the trees as tensor operations of fixed shapes: what `Engine.walk` does, without leaving the device, and
+the numbers that change with it."""
 
 from __future__ import annotations
 
@@ -82,3 +83,66 @@ def trim(walked: Walk, end_tokens: Tensor, remaining: Tensor) -> tuple[Tensor, T
     first_end = torch.where(ends, at, length).amin(-1)
     count = torch.minimum(torch.minimum(walked.count, first_end + 1), remaining)
     return count, (first_end < count) | (count >= remaining)
+
+
+def place(ancestors: Tensor, lengths: Tensor, positions: Tensor, last: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Where the nodes of trees with ``ancestors (B, n, n)`` stand: rows of the cache, and positions, both ``(B, n)``.
+
+    Rows that have ended are verified too, without a trace; theirs must not lie past the cache's end. Nodes past the ``last``
+    token that may be emitted are never accepted, and learned positions may end there.
+    """
+    nodes = ancestors.shape[1]
+    rows = lengths[:, None] + torch.arange(nodes, device=lengths.device)
+    depths = ancestors.sum(-1) - 1
+    return rows.clamp(max=capacity - 1), torch.minimum(positions[:, None] + depths, last[:, None])
+
+
+@dataclass(slots=True)
+class Settled:
+    """A verification's outcome.
+
+    Attributes:
+        path: ``(B, m)`` the nodes that stay, node 0 first; entries from ``count`` on repeat the last one.
+        count: ``(B,)`` how many, at least 1 (also in a row that had ended, in which nothing changes).
+        roots: ``(B,)`` the token chosen after the last of them.
+        sources, targets: ``(B, m)`` the rows of the cache that the walk's nodes are in, and those where they belong.
+        report: ``(B, m + 2)`` for the host: emitted tokens, how many of them count, whether the row has ended.
+    """
+
+    path: Tensor
+    count: Tensor
+    roots: Tensor
+    sources: Tensor
+    targets: Tensor
+    report: Tensor
+
+
+def settle(
+    tokens: Tensor,
+    parents: Tensor,
+    ancestors: Tensor,
+    choices: Tensor,
+    path_length: int,
+    end_tokens: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    remaining: Tensor,
+    finished: Tensor,
+    capacity: int,
+) -> Settled:
+    """`walk`, `trim`, and the rows' numbers ``(B,)`` brought up to date in place: lengths, positions, remaining, finished."""
+    walked = walk(tokens, parents, ancestors, choices, path_length)
+    count, ended = trim(walked, end_tokens, remaining)
+    count = torch.where(finished, 0, count)
+    at = torch.arange(path_length, device=tokens.device)
+    sources = (lengths[:, None] + walked.path).clamp(max=capacity - 1)
+    targets = (lengths[:, None] + at).clamp(max=capacity - 1)
+    last = count.clamp(min=1)[:, None] - 1
+    path = torch.where(at < count[:, None], walked.path, walked.path.gather(1, last))
+    roots = walked.emitted.gather(1, last)[:, 0]
+    report = torch.cat([walked.emitted, count[:, None], (finished | ended)[:, None].long()], dim=1)
+    lengths.add_(count)
+    positions.add_(count)
+    remaining.sub_(count)
+    finished.logical_or_(ended)
+    return Settled(path, count.clamp(min=1), roots, sources, targets, report)

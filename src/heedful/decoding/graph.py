@@ -30,7 +30,7 @@ from transformers import (
 
 from heedful.attention import tree_attention
 from heedful.decoding.cache import GraphCache
-from heedful.decoding.device_walk import ancestors_of, trim, walk
+from heedful.decoding.device_walk import ancestors_of, place, settle
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.engine import Engine, _hidden_states
 from heedful.decoding.selection import StopChecker
@@ -250,12 +250,14 @@ class Session:
         self.hidden: list[Tensor] = []
         self.movers: list[RowMover] | None = None
         self.forward = self._forward
-        self.walk, self.trim = walk, trim
+        self.place, self.settle = place, settle
         if compile:
-            from heedful.decoding.fused_linear import compile_forward
+            from heedful.decoding.fused_linear import compile_forward, with_own_code
 
             self.forward = compile_forward(self._forward)
-            self.walk, self.trim = torch.compile(walk, dynamic=False), torch.compile(trim, dynamic=False)
+            self.place, self.settle = (
+                torch.compile(with_own_code(function), fullgraph=True, dynamic=False) for function in (place, settle)
+            )
 
     def begin(self, engine: GraphEngine) -> None:
         """A generate begins: its numbers go into the buffers."""
@@ -289,8 +291,12 @@ class Session:
 
         A draw for every node is as exact as one for each node of the walk: those the walk does not come to are not used.
         """
-        if not self.do_sample:
-            return logits.argmax(-1)  # of the low precision itself: casting up keeps the order
+        if not self.do_sample:  # of the low precision itself: casting up keeps the order
+            if logits.is_cuda and logits.dtype != torch.float64:
+                from heedful.decoding.row_argmax import row_argmax
+
+                return row_argmax(logits)
+            return logits.argmax(-1)
         scores = logits.flatten(0, 1).float()
         for processor in self.processors:
             scores = processor(cast(LongTensor, None), scores)  # type: ignore[arg-type]
@@ -301,42 +307,31 @@ class Session:
     def verify(self, trees: Trees) -> tuple[DeviceStep, Tensor]:
         """Forward, walk, commit. Returns the step, and what the host reads: ``(B, m + 2)`` emitted tokens, count, ended."""
         self.shown = trees
-        nodes = trees.nodes
-        depths = trees.ancestors.sum(-1) - 1
-        places = self.lengths[:, None] + torch.arange(nodes, device=self.device)
-        # Rows that have ended verify too, without a trace; theirs must not lie past the cache's end.
-        self.cache.verify_at((self.rows, places.clamp(max=self.capacity - 1)))
+        places, positions = self.place(trees.ancestors, self.lengths, self.positions, self.last, self.capacity)
+        self.cache.verify_at((self.rows, places))
         self.hidden.clear()
-        # Nodes past the last token that may be emitted are never accepted; learned positions may end there.
-        positions = torch.minimum(self.positions[:, None] + depths, self.last[:, None])
         logits = self.forward(trees.tokens, positions)
-        walked = self.walk(trees.tokens, trees.parents, trees.ancestors, self.choose(logits), trees.path_length)
-        count, ended = self.trim(walked, self.end_tokens, self.remaining)
-        count = torch.where(self.finished, 0, count)
-        steps = torch.arange(trees.path_length, device=self.device)
+        settled = self.settle(
+            trees.tokens, trees.parents, trees.ancestors, self.choose(logits), trees.path_length,
+            self.end_tokens, self.lengths, self.positions, self.remaining, self.finished, self.capacity,
+        )  # fmt: skip
         if trees.path_length > 1:  # the root is where it belongs
-            self._move(self.lengths[:, None] + walked.path, self.lengths[:, None] + steps)
-        self.lengths += count
-        self.positions += count
-        self.remaining -= count
-        self.finished |= ended
-        last = count.clamp(min=1)[:, None] - 1
+            self._move(settled.sources, settled.targets)
         step = DeviceStep(
             tokens=trees.tokens,
             logits=logits,
             hidden_states=self.hidden[-1] if "hidden_states" in self.requires else None,
-            path=torch.where(steps < count[:, None], walked.path, walked.path.gather(1, last)),
-            count=count.clamp(min=1),
-            roots=walked.emitted.gather(1, last)[:, 0],
+            path=settled.path,
+            count=settled.count,
+            roots=settled.roots,
             lengths=self.lengths,
             positions=self.positions,
             cache=self.cache,
         )
-        return step, torch.cat([walked.emitted, count[:, None], self.finished[:, None].long()], dim=1)
+        return step, settled.report
 
     def _move(self, sources: Tensor, targets: Tensor) -> None:
         """Keeps an accepted path: its rows of the cache, right behind the text."""
-        sources, targets = sources.clamp(max=self.capacity - 1), targets.clamp(max=self.capacity - 1)
         if self.device.type != "cuda":
             self.cache.move(self.rows, sources, targets)
             return
