@@ -113,7 +113,7 @@ def attend_backward_op(
         return reference.attend(query, key, value, mask, scale=scale, softcap=softcap or None, sink_logits=sink)
 
     inputs = [x for x in (query, key, value, sink_logits) if x is not None]
-    _, product = torch.func.vjp(attend, *inputs)  # autograd itself is out of reach inside an operator
+    product = torch.func.vjp(attend, *inputs)[1]  # autograd itself is out of reach inside an operator
     return [x.contiguous() for x in product(gradient)]
 
 
