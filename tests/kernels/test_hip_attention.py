@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny_models import BOS, build, names
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import heedful
 from heedful import HiPAttention, attach, kernels
@@ -104,22 +104,66 @@ class Restrict(heedful.Edit):
         return logits.masked_fill(~torch.nn.functional.pad(chosen, (0, logits.shape[-1] - chosen.shape[-1])), -1e9)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2", "gpt_oss", "granite", "deepseek_v3"])
-def test_output_is_what_its_masks_say_in_prefill_and_decoding(family, cache, monkeypatch):
+def test_output_is_what_its_masks_say_in_prefill_and_decoding(family, monkeypatch):
     changes = {"layer_types": ["full_attention"] * 3} if family in ("gemma2", "gpt_oss") else {}
     model = build(family, **changes)
     inputs = left_padded(tokens(length=64), [3, 21])
-    options = {"cache_implementation": "static"} if cache == "static" else {}
     masks = recording(monkeypatch)
-    found = greedy(model, HiPAttention(**SMALL, mask_refresh_interval=3), **inputs, **options)
+    found = greedy(model, HiPAttention(**SMALL, mask_refresh_interval=3), **inputs)
     assert len(masks) == 3 * 8
     assert all((mask.keys_read() <= 12 + 8 + 2 + 2).all() for mask in masks)
-    expected = greedy(model, Restrict(masks), **inputs, **options)
+    expected = greedy(model, Restrict(masks), **inputs)
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-4)
-    plain = greedy(model, **inputs, **options)
+    plain = greedy(model, **inputs)
     assert not torch.allclose(found.logits[0], plain.logits[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gemma2", "gpt_oss", "granite", "deepseek_v3"])
+def test_a_static_cache_keeps_the_same_choices_on_the_device(family, interval):
+    changes = {"layer_types": ["full_attention"] * 3} if family in ("gemma2", "gpt_oss") else {}
+    model = build(family, **changes)
+    inputs = left_padded(tokens(length=64), [3, 21])
+    part, other = (HiPAttention(**SMALL, mask_refresh_interval=interval) for _ in range(2))
+    expected = greedy(model, part, **inputs)
+    found = greedy(model, other, **inputs, cache_implementation="static")
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-4)
+    assert other._choices
+    for layer in range(3):
+        mine, theirs = other.summary(layer), part.summary(layer)
+        assert mine.pop("keys_read") == pytest.approx(theirs.pop("keys_read"), rel=0.03)
+        assert mine.pop("share_of_keys_read") == pytest.approx(theirs.pop("share_of_keys_read"), rel=0.03)
+        assert mine.pop("mass_kept") == pytest.approx(theirs.pop("mass_kept"), rel=1e-5)
+        assert mine == theirs
+
+
+@torch.no_grad()
+def test_a_static_cache_that_is_used_again_starts_without_memory():
+    model = build("llama")
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    part = HiPAttention(**SMALL, mask_refresh_interval=50)
+    for seed in (1, 2, 1):
+        ids = tokens(seed=seed)
+        expected = greedy(model, HiPAttention(**SMALL, mask_refresh_interval=50), input_ids=ids)
+        cache.reset()
+        found = greedy(model, part, input_ids=ids, past_key_values=cache)
+        assert torch.equal(found.sequences, expected.sequences)
+    assert part.summary(0)["refreshes"] == 3
+
+
+@torch.no_grad()
+def test_holes_in_the_mask_are_honoured_with_a_static_cache_too():
+    model, ids = build("llama"), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, 40:] = 0  # right padding, and tokens behind it
+    found = [
+        greedy(model, HiPAttention(**SMALL), input_ids=ids, attention_mask=mask, **options)
+        for options in ({}, {"cache_implementation": "static"})
+    ]
+    torch.testing.assert_close(torch.stack(found[0].logits), torch.stack(found[1].logits), atol=2e-4, rtol=1e-4)
 
 
 def test_short_inputs_run_the_models_own_attention_bit_for_bit():
@@ -424,7 +468,7 @@ def test_a_position_bias_is_refused():
 
 
 def test_dropout_is_refused():
-    refused(build("llama", attention_dropout=0.1).train(), "model.eval()", input_ids=tokens())
+    refused(build("llama", attention_dropout=0.1).train(), "attention_dropout to 0", input_ids=tokens())
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -449,9 +493,75 @@ def test_masks_that_are_not_causal_with_padding_are_refused(attn):
     assert torch.equal(logits(model, HiPAttention(**SMALL), input_ids=ids, attention_mask=fine), expected)
 
 
-def test_packed_sequences_are_refused():
-    positions = torch.cat([torch.arange(20), torch.arange(28)]).expand(1, -1)
-    refused(build("llama"), "another one", input_ids=tokens(batch=1), position_ids=positions, use_cache=False)
+@torch.no_grad()
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_packed_documents_are_read_each_by_itself(attn):
+    model, lengths = build("llama", attn=attn), (40, 3, 61, 23, 33)
+    ids = tokens(batch=1, length=sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    part = HiPAttention(**SMALL)
+    with attach(model, part) as attached:
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+    line = attached.report()[0]
+    assert line["keys_visible"] == 4 * sum(n * (n + 1) // 2 for n in lengths)
+    assert 0.2 < line["share_of_keys_read"] < 0.9
+    alone = torch.cat([logits(model, HiPAttention(**SMALL), input_ids=x) for x in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(packed, alone, atol=2e-4, rtol=1e-4)
+    assert not torch.allclose(packed, model(ids, position_ids=positions, use_cache=False).logits, atol=1e-2)
+    with attach(model, HiPAttention(**SMALL)), pytest.raises(ValueError, match="another one"):
+        model(ids[:, :60], position_ids=positions[:, :60], attention_mask=model_mask(attn, 60), use_cache=False)
+
+
+def model_mask(attn, length):
+    """Causal, but one key is hidden from one row."""
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    seen[..., 50, 10] = False
+    if attn == "sdpa":
+        return seen
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+@torch.no_grad()
+def test_heads_can_share_their_sets_and_the_search_can_go_in_stages(monkeypatch):
+    model, ids = build("llama"), tokens(length=64)
+    masks = recording(monkeypatch)
+    sparse = greedy(model, HiPAttention(**SMALL, head_group_size=2), input_ids=ids)
+    for mask in masks:
+        assert torch.equal(mask.blocks[:, 0], mask.blocks[:, 1])
+        assert torch.equal(mask.blocks[:, 2], mask.blocks[:, 3])
+    assert any(not torch.equal(mask.blocks[:, 1], mask.blocks[:, 2]) for mask in masks)
+    static = greedy(model, HiPAttention(**SMALL, head_group_size=2), input_ids=ids, cache_implementation="static")
+    torch.testing.assert_close(torch.stack(static.logits), torch.stack(sparse.logits), atol=2e-4, rtol=1e-4)
+    masks.clear()
+    stages = [(8, 2, 8, None), (8, 1, 4, 24)]
+    found = greedy(model, HiPAttention(**SMALL, stages=stages), input_ids=ids)
+    assert {mask.block_size_k for mask in masks} == {4}
+    expected = greedy(model, Restrict(masks), input_ids=ids)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-4)
+    static = greedy(model, HiPAttention(**SMALL, stages=stages), input_ids=ids, cache_implementation="static")
+    torch.testing.assert_close(torch.stack(static.logits), torch.stack(found.logits), atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_mass_kept_is_that_of_dense_attention(family, monkeypatch):
+    model = build(family, **({"layer_types": ["full_attention"] * 3} if family == "gemma2" else {}))
+    inputs = left_padded(tokens(length=64), [3, 40])
+    masks = recording(monkeypatch)
+
+    class Mass(heedful.Probe):
+        def probabilities(self, call, probabilities):
+            self.seen = [*getattr(self, "seen", []), probabilities]
+
+    part = HiPAttention(**SMALL, layers=[0], sampled_rows=33)  # every row of the later half
+    with attach(model, part):
+        model(**inputs)
+    probe = Mass(layers=[0])
+    with attach(model, probe):
+        model(**inputs)
+    kept = (probe.seen[0] * masks[0].dense()).sum(-1)[:, :, 31:]
+    kept = kept[inputs["attention_mask"].bool()[:, None, 31:].expand_as(kept)]
+    assert part.summary(0)["mass_kept"] == pytest.approx(kept.mean().item(), abs=1e-4)
 
 
 def test_prefixes_of_images_are_refused():
@@ -473,7 +583,10 @@ def test_drafted_tokens_are_refused():
         ({"top_k": 0}, "top_k"),
         ({"mask_refresh_interval": 0}, "mask_refresh_interval"),
         ({"dense_layers": -1}, "dense_layers"),
-        ({"impl": "triton"}, "not there yet"),
+        ({"impl": "cuda"}, "impl must be one of"),
+        ({"sampled_rows": -1}, "sampled_rows"),
+        ({"head_group_size": 0}, "head_group_size"),
+        ({"stages": []}, "stages must be"),
         ({"sample_method": "best"}, "sample_method"),
     ],
 )

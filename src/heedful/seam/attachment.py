@@ -125,7 +125,7 @@ class Attachment:
             samples), `heads` (sorted), and for edits of logits or probabilities `mass_moved`: {head: share of a row's
             attention that moved, mean over rows} (half the sum of absolute differences). What the part tells itself
             (`Part.summary`) stands beside. A part that never acted has calls 0; one that the selectors leave no
-            layer has layer None. Compiled graphs are not counted.
+            layer has layer None. Compiled and captured graphs are not counted.
         """
         lines: list[dict[str, Any]] = [
             {"part": type(part).__name__, "layer": None, **Tally().report()} for part in self._idle

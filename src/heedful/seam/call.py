@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from heedful.seam.masks import Visibility, take
 
 
+def is_recording(x: Tensor) -> bool:
+    """Whether a graph is being compiled or captured: Python runs once for many replays, and nothing can be read."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 @dataclass(eq=False)
 class AttentionCall:
     """One call of one attention layer: a forward, a chunk of the prompt, or a decode step; with the whole batch.
@@ -83,8 +88,8 @@ class AttentionCall:
             return "decode"
         if self.query.shape[2] != 1:
             return "prefill"
-        if isinstance(self.past, Tensor):  # a static cache; reading its length would break a compiled graph
-            return "decode" if torch.compiler.is_compiling() or int(self.past) > 0 else "prefill"
+        if isinstance(self.past, Tensor):  # a static cache; a graph that is being recorded cannot read its length
+            return "decode" if is_recording(self.query) or int(self.past) > 0 else "prefill"
         return "decode" if self.past > 0 else "prefill"
 
     @property

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from heedful.seam.call import AttentionCall
+from heedful.seam.call import AttentionCall, is_recording
 from heedful.seam.parts import Edit, Part, PartError, stages_of
 
 
@@ -49,7 +49,7 @@ class Tally:
 
     def count(self, call: AttentionCall) -> None:
         """Counts a call and its rows."""
-        if torch.compiler.is_compiling():
+        if is_recording(call.query):
             return
         self.calls += 1
         self.heads = call.head_list

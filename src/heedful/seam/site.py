@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from heedful.seam.call import AttentionCall
+from heedful.seam.call import AttentionCall, is_recording
 from heedful.seam.masks import Visibility, put
 from heedful.seam.parts import Kernel, PartError
 from heedful.seam.selection import Rows, Selected
@@ -224,7 +224,7 @@ class Site:
         cache, counted = call.cache, any(s.counts_steps for s in self.selected())
         if cache is None or (call.cross and not counted):
             return lambda: 0
-        remembered = not torch.compiler.is_compiling() and any(cache in s.memories for s in self.selected())
+        remembered = not is_recording(call.query) and any(cache in s.memories for s in self.selected())
         if remembered and call.phase == "prefill" and int(call.past) == 0:
             for s in self.selected():
                 s.memories.pop(cache, None)
