@@ -281,10 +281,10 @@ class HiPAttention(Kernel):
         given: dict[str, Any] = {"scale": call.scaling, "softcap": call.softcap, "sink_logits": call.sinks}
         trained = self.trained_length
         if trained is None or key.shape[2] <= trained:
-            output, mask = hip_attention(
+            far: HiPMask | None = None
+            output, near = hip_attention(
                 query, key, value, attention_mask=real, return_mask=True, **given, **self.arguments
             )
-            masks = (mask, None)
         else:
             whole = (
                 torch.ones(len(query), key.shape[2], dtype=torch.bool, device=query.device) if real is None else real
@@ -292,16 +292,15 @@ class HiPAttention(Kernel):
             rotation = self._rotation(call)
             if offset is None:
                 offset = bounded.offsets(call, whole)
-            output, *masks = bounded.prefill(
+            output, near, far = bounded.prefill(
                 query, key, value, real, offset.long(), rotation, trained, **given, **self.arguments
             )
-        for mask, measured in zip(masks, (True, False), strict=True):
-            if mask is None:
-                continue
-            tally.count(mask)
-            if measured:  # beyond the trained length dense attention is no measure
-                rows, keys = query[:, :, : mask.num_queries], key[:, :, : mask.num_keys]
-                tally.count_mass(rows, keys, mask, call.scaling, call.softcap, self.sampled_rows)
+        if far is not None:
+            tally.count(far)
+        if near is not None:  # beyond the trained length dense attention is no measure
+            tally.count(near)
+            rows, keys = query[:, :, : near.num_queries], key[:, :, : near.num_keys]
+            tally.count_mass(rows, keys, near, call.scaling, call.softcap, self.sampled_rows)
         return output
 
     def _rotation(self, call: AttentionCall) -> bounded.Rotation:
@@ -353,9 +352,7 @@ class HiPAttention(Kernel):
         else:
             if call.module not in self._rotations:
                 self._rotation(call)
-            if call.positions is None:
-                bounded.offsets(call, torch.ones(len(query), 1, dtype=torch.bool, device=query.device))
-            offset = call.positions[:, -1] - (lengths - 1)
+            offset = bounded.place(call) - (lengths - 1)
             rotation = self._rotations[call.module]
             output = bounded.decode(
                 query, key, value, lengths, choice.state, offset, rotation, self.trained_length, **given

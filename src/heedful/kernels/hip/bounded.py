@@ -126,13 +126,8 @@ def offsets(call: AttentionCall, real: Tensor) -> Tensor:
         ValueError: If the call does not say its positions, or they are not consecutive.
     """
     rows = real[:, real.shape[1] - call.query.shape[2] :]
-    if call.positions is None:
-        raise ValueError(
-            f"layer {call.layer}: the model does not say the positions of its tokens, so keys cannot be moved to others. "
-            "Pass position_ids, or use HiPAttention without trained_length."
-        )
     slot = torch.arange(real.shape[1] - rows.shape[1], real.shape[1], device=real.device)
-    apart = call.positions - slot
+    apart = _positions(call) - slot
     last = (rows * torch.arange(1, rows.shape[1] + 1, device=rows.device)).argmax(1, keepdim=True)
     offset = apart.gather(1, last)
     if bool(((apart != offset) & rows).any()):
@@ -141,6 +136,20 @@ def offsets(call: AttentionCall, real: Tensor) -> Tensor:
             "Use HiPAttention without trained_length."
         )
     return offset[:, 0]
+
+
+def place(call: AttentionCall) -> Tensor:
+    """The position of a decode step's token, `(B,)`."""
+    return _positions(call)[:, -1]
+
+
+def _positions(call: AttentionCall) -> Tensor:
+    if call.positions is None:
+        raise ValueError(
+            f"layer {call.layer}: the model does not say the positions of its tokens, so keys cannot be moved to others. "
+            "Pass position_ids, or use HiPAttention without trained_length."
+        )
+    return call.positions
 
 
 def prefill(
