@@ -67,7 +67,7 @@ def drafters(model: Path | None) -> dict[str, Drafter]:
         "token-recycling": TokenRecycling(),
         "token-recycling, cold": TokenRecycling(),
         "sequence": Sequence(PromptLookup(), TokenRecycling()),
-        **{slug: TRAINED[slug].from_pretrained(folder) for slug, folder in folders.items() if folder.exists()},
+        **{slug: TRAINED[slug].from_pretrained(folder) for slug, folder in folders.items() if (folder / "config.json").exists()},
     }
 
 
