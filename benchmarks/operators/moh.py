@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from heedful.attention import dispatch_heads, routed_attention, routed_projection
-from heedful.attention.head_routing import triton as kernels
+from heedful.attention import dispatch_heads, routed_attention, routed_output, routed_projection
 from heedful.layers import MixtureOfHeads
 from heedful.layers.moh import layer as layers
 
@@ -99,7 +98,7 @@ def measure_parts(bench: Bench, dim: int, share: str, length: int) -> None:
         f"attention: {routed} routed heads, chosen": lambda: routed_attention(query[:, shared:], key[:, shared:], value[:, shared:], dispatch),
         f"attention: {routed} routed heads, all": lambda: sdpa(query[:, shared:], key[:, shared:], value[:, shared:], is_causal=True),
         f"attention: {shared} shared heads": lambda: sdpa(query[:, :shared], key[:, :shared], value[:, :shared], is_causal=True),
-        f"output: {routed} routed heads, chosen": lambda: kernels.grouped_output(rows, by_head, dispatch.rows, dispatch.before, active[0], k),
+        f"output: {routed} routed heads, chosen": lambda: routed_output(rows[None], by_head, dispatch, most=k),
         f"output: {routed} routed heads, over zeros": lambda: functional.linear(rows.flatten(1), out),
         "key and value projections": lambda: (layer.k_proj(x), layer.v_proj(x)),
     }  # fmt: skip

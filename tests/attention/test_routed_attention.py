@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from heedful.attention import dispatch_heads, routed_attention, routed_projection
+from heedful.attention import dispatch_heads, routed_attention, routed_output, routed_projection
 from heedful.attention.head_routing import reference
 
 
@@ -88,6 +88,8 @@ def test_gradcheck_in_chunks(monkeypatch):
     )
     x, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 7, 4), (2, 4, 3), (2, 3)))
     assert torch.autograd.gradcheck(lambda x, w, b: routed_projection(x, w, active, b), (x, weight, bias))
+    heads, weight = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 7, 2, 3), (2, 3, 4)))
+    assert torch.autograd.gradcheck(lambda h, w: routed_output(h, w, active, most=2), (heads, weight))
 
 
 def test_an_unchosen_pair_gives_and_gets_no_gradient():
@@ -148,6 +150,7 @@ def test_empty_single_and_half_precision():
         3,
         2,
     )
+    assert routed_output(torch.zeros(2, 0, 3, 2), torch.zeros(3, 2, 4), torch.zeros(2, 0, 3).bool()).shape == (2, 0, 4)
     one = routed_attention(query[:, :, -1:], key, value, active[:, -1:])
     assert torch.allclose(one, routed_attention(query, key, value, active)[:, :, -1:], atol=1e-12)
     half = routed_attention(query.half(), key.half(), value.half(), active)
@@ -162,7 +165,8 @@ def test_compiles_to_one_graph():
     x, weight = torch.randn(2, 9, 6), torch.randn(2, 6, 4)
 
     def both(query, key, value, active, x, weight):
-        return routed_attention(query, key, value, active) + routed_projection(x, weight, active).transpose(1, 2)
+        heads = routed_attention(query, key, value, active) + routed_projection(x, weight, active).transpose(1, 2)
+        return routed_output(heads.transpose(1, 2), weight.mT, active)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     arguments = (query, key, value, active, x, weight)
@@ -196,7 +200,7 @@ def test_kernels_under_the_interpreter():
     code = """
         import torch
         torch.set_num_threads(1)
-        from heedful.attention import dispatch_heads, routed_attention, routed_projection
+        from heedful.attention import dispatch_heads, routed_attention, routed_output, routed_projection
         from heedful.attention.head_routing import triton as kernels
         generator = torch.Generator().manual_seed(0)
         def close(got, want, bound, *what):
@@ -240,12 +244,22 @@ def test_kernels_under_the_interpreter():
             results.append((y, *torch.autograd.grad((y * torch.arange(16.0)).sum(), leaves)))
         for a, b in zip(*results):
             close(a, b.double(), 1e-5)
+        heads, weight = torch.randn(2, 40, 3, 16), torch.randn(3, 16, 24)
+        heads[~active] = torch.nan
+        results = []
+        for impl in ("triton", "reference"):
+            leaves = [t.clone().requires_grad_() for t in (heads, weight)]
+            y = routed_output(*leaves, active, impl=impl)
+            results.append((y, *torch.autograd.grad((y * torch.arange(24.0)).sum(), leaves)))
+        for a, b in zip(*results):
+            close(a, b.double(), 1e-5)
         _, rows, before = dispatch_heads(active)
         query, key, value = (torch.randn(2, 3, 40, 16, requires_grad=True) for _ in range(3))
         checks = ("test_schema", "test_autograd_registration", "test_faketensor")
         torch.library.opcheck(kernels.routed_attention_op, (query, key, value, None, rows, before, True, 0, 0.25), test_utils=checks)
         flat = active.flatten(0, 1)
-        torch.library.opcheck(kernels.routed_projection_op, (x.flatten(0, 1), weight.requires_grad_(), bias, flat, rows, before), test_utils=checks)
+        torch.library.opcheck(kernels.routed_output_op, (heads.flatten(0, 1).nan_to_num().requires_grad_(), weight, flat, rows, before, 3), test_utils=checks)
+        torch.library.opcheck(kernels.routed_projection_op, (x.flatten(0, 1), torch.randn(3, 24, 16, requires_grad=True), bias, flat, rows, before), test_utils=checks)
         compiled = torch.compile(lambda *t: routed_attention(*t, active, impl="triton").sum(), fullgraph=True, backend="aot_eager")
         grads = [torch.autograd.grad(f(query, key, value), (query, key, value)) for f in (compiled, lambda *t: routed_attention(*t, active).sum())]
         for a, b in zip(*grads):

@@ -87,16 +87,22 @@ def test_skipping_equals_masking(monkeypatch, dtype, heads, shared, k, options):
     monkeypatch.setattr(layers.MixtureOfHeads, "_chosen_heads", lambda *a: calls.append(1) or original(*a))
     for mask in (None, torch.arange(600, device="cuda") >= torch.tensor([[0], [37]], device="cuda")):
         results = []
-        for limit in (0, 10**9):
+        for limit, share in (
+            (0, 8),
+            (0, 1),
+            (10**9, 8),
+        ):  # with a dense output projection, with one of chosen heads, masked
             monkeypatch.setattr(layers, "SKIP_FROM", limit)
+            monkeypatch.setattr(layers, "OUTPUT_SHARE", share)
             y, (_, loss) = layer(x, return_routing=True, attention_mask=mask)
             y = y if mask is None else y.masked_fill(~mask[..., None], 0)
             results.append(
                 (y, *torch.autograd.grad([y, loss], [x, *layer.parameters()], [grad, torch.ones_like(loss)]))
             )
-        for a, b in zip(*results, strict=True):
-            assert relative(a, b) < (1e-5 if dtype == torch.float32 else 2e-2)
-    assert len(calls) == 2
+        for a, b, c in zip(*results, strict=True):
+            assert relative(a, c) < (1e-5 if dtype == torch.float32 else 2e-2)
+            assert relative(b, c) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert len(calls) == 4
 
 
 def test_no_host_synchronisation_and_a_captured_graph_follows_the_routing():

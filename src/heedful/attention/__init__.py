@@ -20,6 +20,7 @@ _EXPORTS = {
     "lightning_attention": "heedful.attention.lightning",
     "merge_attention_states": "heedful.attention.tree",
     "routed_attention": "heedful.attention.head_routing",
+    "routed_output": "heedful.attention.head_routing",
     "routed_projection": "heedful.attention.head_routing",
     "shifted_sparse_attention": "heedful.attention.shifted",
     "tree_attention": "heedful.attention.tree",
@@ -35,6 +36,7 @@ __all__ = [  # noqa: F822 (names are looked up in _EXPORTS)
     "lightning_attention",
     "merge_attention_states",
     "routed_attention",
+    "routed_output",
     "routed_projection",
     "shifted_sparse_attention",
     "tree_attention",
@@ -42,7 +44,7 @@ __all__ = [  # noqa: F822 (names are looked up in _EXPORTS)
 
 if TYPE_CHECKING:
     from heedful.attention.documents import by_document
-    from heedful.attention.head_routing import dispatch_heads, routed_attention, routed_projection
+    from heedful.attention.head_routing import dispatch_heads, routed_attention, routed_output, routed_projection
     from heedful.attention.hip import HiPMask, hip_attention
     from heedful.attention.landmark import landmark_attention
     from heedful.attention.lightning import alibi_slopes, lightning_attention

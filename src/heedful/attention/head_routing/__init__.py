@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.attention.head_routing import reference
 
-__all__ = ["HeadDispatch", "dispatch_heads", "routed_attention", "routed_projection"]
+__all__ = ["HeadDispatch", "dispatch_heads", "routed_attention", "routed_output", "routed_projection"]
 
 _IMPLEMENTATIONS = ("auto", "reference", "triton")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: a traced call must not look
@@ -181,17 +181,7 @@ def routed_projection(
     if torch.is_autocast_enabled(device):
         x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
     bias = bias if bias is None else bias.to(x.dtype)
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
-    chosen = active.active if isinstance(active, HeadDispatch) else active
-    if x.ndim != 3 or weight.ndim != 3 or weight.shape[1] != x.shape[2] or weight.dtype != x.dtype:
-        raise ValueError(
-            f"x must be (B, T, C) and weight (H, C, D) of one dtype, got {tuple(x.shape)} {x.dtype} and {tuple(weight.shape)} {weight.dtype}"
-        )
-    if chosen.dtype != torch.bool or chosen.shape != (*x.shape[:2], weight.shape[0]):
-        raise ValueError(
-            f"active must be bool (B, T, H) = {(*x.shape[:2], weight.shape[0])}, got {chosen.dtype} of shape {tuple(chosen.shape)}"
-        )
+    chosen = _check_product("x", x, x.shape[-1:], weight, active, impl)
     if bias is not None and bias.shape != (weight.shape[0], weight.shape[2]):
         raise ValueError(f"bias must be (H, D) = {(weight.shape[0], weight.shape[2])}, got {tuple(bias.shape)}")
     if 0 in x.shape[:2]:
@@ -206,6 +196,84 @@ def routed_projection(
             )
             return flat.unflatten(0, x.shape[:2])
         return reference.routed_projection(x, weight, bias, chosen)
+
+
+def routed_output(
+    heads: Tensor, weight: Tensor, active: Tensor | HeadDispatch, *, most: int | None = None, impl: str = "auto"
+) -> Tensor:
+    """`sum_h heads[b, t, h] @ weight[h]` over a token's chosen heads: an output projection of those alone.
+
+    Example:
+        >>> import torch
+        >>> from heedful.attention import routed_output
+        >>> heads, weight = torch.randn(2, 10, 4, 16), torch.randn(4, 16, 32)
+        >>> routed_output(heads, weight, torch.rand(2, 10, 4) < 0.5).shape
+        torch.Size([2, 10, 32])
+
+    Args:
+        heads: `(B, T, H, D)`, float32, bfloat16, float16 or float64; what was not chosen may be anything.
+        weight: `(H, D, C)`; of a linear layer `(C, H * D)` it is `layer.weight.T.unflatten(0, (H, D))`.
+        active: bool `(B, T, H)`, or what `dispatch_heads` made of it.
+        most: No token has more heads than this; memory grows with it. None for H.
+        impl: "reference" (all heads, zeros for the others), "triton" (CUDA; not float64) or "auto".
+
+    Returns:
+        `(B, T, C)` in the dtype of `heads`. Differentiable, deterministic.
+
+    Raises:
+        ValueError: If a shape, dtype or argument does not fit. That a token has more heads than `most` cannot be seen without
+            waiting for a GPU; the result is then undefined.
+
+    Cost:
+        `2 * (chosen pairs) * D * C` operations, and `B * T * most * C` numbers written and read again.
+
+    When not to use:
+        Where a token has more than an eighth or so of the heads: an element of the result takes 2 D operations of a head and 4
+        bytes of traffic, so one dense product over zeros is faster (on an H100, D = 128, half of 16 heads: 4 times).
+
+    Paper:
+        "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842.
+    """
+    device = heads.device.type
+    if torch.is_autocast_enabled(device):
+        heads, weight = (t.to(torch.get_autocast_dtype(device)) for t in (heads, weight))
+    chosen = _check_product("heads", heads, heads.shape[2:], weight, active, impl)
+    most = weight.shape[0] if most is None else most
+    if not 1 <= most <= weight.shape[0]:
+        raise ValueError(f"most must be 1 to the {weight.shape[0]} heads, got {most}")
+    if 0 in heads.shape[:2]:
+        return heads.new_zeros(*heads.shape[:2], weight.shape[2])
+    with torch.autocast(device, enabled=False):
+        if _use_triton(impl, heads, None):
+            from heedful.attention.head_routing import triton
+
+            dispatch = active if isinstance(active, HeadDispatch) else dispatch_heads(chosen)
+            flat = triton.routed_output_op(
+                heads.flatten(0, 1), weight, chosen.flatten(0, 1), dispatch.rows, dispatch.before, most
+            )
+            return flat.unflatten(0, heads.shape[:2])
+        return reference.routed_output(heads, weight, chosen)
+
+
+def _check_product(
+    name: str, x: Tensor, last: torch.Size, weight: Tensor, active: Tensor | HeadDispatch, impl: str
+) -> Tensor:
+    """The choice, of a product of `x (B, T, *last)` with one matrix a head."""
+    if impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    chosen = active.active if isinstance(active, HeadDispatch) else active
+    wanted = "(B, T, C)" if name == "x" else "(B, T, H, D)"
+    fits = weight.ndim == 3 and tuple(last) == tuple(weight.shape[1:2] if name == "x" else weight.shape[:2])
+    if x.ndim != 2 + len(last) or not fits or weight.dtype != x.dtype or not x.is_floating_point():
+        raise ValueError(
+            f"{name} must be {wanted} and weight {'(H, C, D)' if name == 'x' else '(H, D, C)'} of one dtype, got "
+            f"{tuple(x.shape)} {x.dtype} and {tuple(weight.shape)} {weight.dtype}"
+        )
+    if chosen.dtype != torch.bool or chosen.shape != (*x.shape[:2], weight.shape[0]):
+        raise ValueError(
+            f"active must be bool (B, T, H) = {(*x.shape[:2], weight.shape[0])}, got {chosen.dtype} of shape {tuple(chosen.shape)}"
+        )
+    return chosen
 
 
 def _use_triton(impl: str, x: Tensor, value_dim: int | None) -> bool:

@@ -72,3 +72,7 @@ def routed_projection(x: Tensor, weight: Tensor, bias: Tensor | None, active: Te
     output = torch.einsum("btc,hcd->bthd", x, weight)
     output = output if bias is None else output + bias
     return output.masked_fill(~active[..., None], 0)
+
+
+def routed_output(heads: Tensor, weight: Tensor, active: Tensor) -> Tensor:
+    return torch.einsum("bthd,hdc->btc", heads.masked_fill(~active[..., None], 0), weight)

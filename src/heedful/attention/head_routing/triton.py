@@ -5,7 +5,8 @@ whose positions ascend with gaps: a causal tile reads the keys up to its last po
 tokens a head has is known on the device alone: grids are as large as if all were chosen, and tiles past the end return at
 once. `before` counts a head's tokens ahead of any position, which gives a tile of keys its first query without a search.
 
-Each KV head sums over its own query heads and each token over its own heads, no atomics: every run gives the same bits.
+Blocks of keys and values come by the copy engine; the backward pass first writes the chosen queries in the order of the lists, so
+that theirs do too. Each KV head sums over its own query heads and each token over its own heads, no atomics: every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -16,13 +17,101 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 _UNSPECIALISED = ["tokens", "length", "keys", "window"]
 
 
 @triton.jit
 def _non_finite(x):
-    return (x != x) | (tl.abs(x) == float("inf"))
+    x = x.to(tl.float32)
+    return ((x - x) != 0).to(tl.int32)  # inf - inf is NaN
+
+
+@triton.jit
+def _load(descriptor, batch, head, start, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Rows `start` and following of a head, by the copy engine; 0 past the end."""
+    return descriptor.load([batch, head, start, 0]).reshape(BLOCK, D)
+
+
+@triton.jit
+def _tile(rows, before, tokens, length, keys, BLOCK_M: tl.constexpr):
+    """A tile of a head's list in one batch row, the last one first, since it has most keys.
+
+    Returns where it begins in the list and how many rows are left there (none: nothing to do), the rows' tokens, which of them
+    are real, and the lowest and highest position.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2)
+    before += head * (tokens + 1) + batch * length
+    first = tl.load(before)
+    count = tl.load(before + length) - first
+    tile = tl.cdiv(count, BLOCK_M) - 1 - tl.program_id(0)
+    first += tile * BLOCK_M
+    count -= tile * BLOCK_M
+    if tile < 0:
+        count = 0
+        first = 0
+    rows += head * tokens + first
+    real = tl.arange(0, BLOCK_M) < count
+    token = tl.load(rows + tl.arange(0, BLOCK_M), mask=real, other=0) - batch * length
+    ahead = keys - length - batch * length
+    lowest = tl.load(rows, mask=count > 0, other=0) + ahead
+    highest = tl.load(rows + tl.minimum(count, BLOCK_M) - 1, mask=count > 0, other=0) + ahead
+    return first, count, token, real, lowest, highest
+
+
+@triton.jit
+def _key_range(
+    lowest,
+    highest,
+    keys,
+    window,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):
+    """The keys of a tile of queries, `begin` to `end`; those before `whole` are blocks that every row sees."""
+    end = keys
+    whole = keys // BLOCK_N * BLOCK_N
+    begin = end * 0
+    if CAUSAL:
+        end = highest + 1
+        whole = (lowest + 1) // BLOCK_N * BLOCK_N
+    if HAS_WINDOW:
+        begin = tl.maximum(lowest - window + 1, 0) // BLOCK_N * BLOCK_N
+    if HAS_WINDOW or HAS_MASK:
+        whole = begin
+    return begin, whole, end
+
+
+@triton.jit
+def _seen(
+    j, position, real, mask, keys, window, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """Which keys `j` are there, and which rows see them `(rows, keys)`."""
+    inside = j < keys
+    if HAS_MASK:
+        inside = inside & (tl.load(mask + j, mask=inside, other=0) != 0)
+    seen = inside[None, :] & real[:, None]
+    if CAUSAL:
+        seen = seen & (j[None, :] <= position[:, None])
+    if HAS_WINDOW:
+        seen = seen & (j[None, :] > position[:, None] - window)
+    return inside, seen
+
+
+@triton.jit
+def _absorb(logits, v, top, total, acc, PRECISION: tl.constexpr):
+    """One step of the online softmax; hidden logits are -inf, and so is `top` before a row has seen anything."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(logits - finite_top[:, None])
+    kept = tl.exp2(top - finite_top)
+    total = total * kept + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision=PRECISION)
+    return new_top, total, acc
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -35,6 +124,7 @@ def _forward(
     before,
     output,
     lse,
+    poisoned_tiles,
     scale,
     tokens,
     length,
@@ -43,12 +133,6 @@ def _forward(
     stride_query_b,
     stride_query_h,
     stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_value_b,
-    stride_value_h,
-    stride_value_t,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -58,45 +142,29 @@ def _forward(
     HAS_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    AGAIN: tl.constexpr,
 ):
+    """A weight of 0 times a NaN is a NaN, which would reach rows that do not see it. Tiles in which anything is not finite are
+    marked, and done `AGAIN`: what is not finite is taken out of the values, and the rows that see it are set to NaN."""
+    _, count, token, real, lowest, highest = _tile(rows, before, tokens, length, keys, BLOCK_M)
+    if count == 0:
+        return
     head = tl.program_id(1)
     batch = tl.program_id(2)
-    before += head.to(tl.int64) * (tokens + 1) + batch * length
-    rows += head.to(tl.int64) * tokens
-    first = tl.load(before)
-    count = tl.load(before + length) - first
-    tile = tl.cdiv(count, BLOCK_M) - 1 - tl.program_id(0)  # the longest rows first
-    if tile < 0:
-        return
-    rows += first + tile * BLOCK_M
-    count -= tile * BLOCK_M
-    at = tl.arange(0, BLOCK_M)
-    real = at < count
-    token = tl.load(rows + at, mask=real, other=0) - batch * length
-    ahead = keys - length
-    position = token + ahead
-    lowest = tl.load(rows) - batch * length + ahead
-    highest = tl.load(rows + tl.minimum(count, BLOCK_M) - 1) - batch * length + ahead
-
+    poisoned_tiles += (batch * HEADS + head) * tl.num_programs(0) + tl.program_id(0)
+    if AGAIN:  # noqa: SIM102 (a compile-time and a run-time condition)
+        if tl.load(poisoned_tiles) == 0:
+            return
+    position = token + (keys - length)
+    kv_head = head // GROUP
+    batch64 = batch.to(tl.int64)
     dims = tl.arange(0, D)
-    columns = tl.arange(0, BLOCK_N)
-    batch = batch.to(tl.int64)
-    query += batch * stride_query_b + head.to(tl.int64) * stride_query_h
+    query += batch64 * stride_query_b + head.to(tl.int64) * stride_query_h
     q = tl.load(query + token.to(tl.int64)[:, None] * stride_query_t + dims[None, :], mask=real[:, None], other=0.0)
-    key += batch * stride_key_b + (head // GROUP).to(tl.int64) * stride_key_h
-    value += batch * stride_value_b + (head // GROUP).to(tl.int64) * stride_value_h
-    mask += batch * keys
+    mask += batch64 * keys
     scale2 = scale * 1.4426950408889634
-
-    end = keys
-    whole = keys // BLOCK_N * BLOCK_N  # up to here no block needs a mask
-    begin = end * 0
-    if CAUSAL:
-        end = highest + 1
-        whole = (lowest + 1) // BLOCK_N * BLOCK_N
-    if HAS_WINDOW:
-        begin = tl.maximum(lowest - window + 1, 0) // BLOCK_N * BLOCK_N
-    if HAS_WINDOW or HAS_MASK:
+    begin, whole, end = _key_range(lowest, highest, keys, window, BLOCK_N, CAUSAL, HAS_MASK, HAS_WINDOW)
+    if AGAIN:
         whole = begin
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)  # of the logits in base 2
@@ -104,113 +172,37 @@ def _forward(
     acc = tl.zeros((BLOCK_M, D), tl.float32)
     poisoned = tl.zeros((BLOCK_M,), tl.int32)
     for start in range(begin, whole, BLOCK_N):
-        offset = start + tl.zeros((), tl.int64)
-        k = tl.load(key + offset * stride_key_t + (columns[None, :] * stride_key_t + dims[:, None]))
-        logits = tl.dot(q, k, input_precision=PRECISION)
+        k = _load(key, batch, kv_head, start, BLOCK_N, D)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         new_top = tl.maximum(top, tl.max(logits, 1) * scale2)
         weights = tl.exp2(logits * scale2 - new_top[:, None])
         kept = tl.exp2(top - new_top)
         total = total * kept + tl.sum(weights, 1)
         acc = acc * kept[:, None]
-        v = tl.load(value + offset * stride_value_t + (columns[:, None] * stride_value_t + dims[None, :]))
+        v = _load(value, batch, kv_head, start, BLOCK_N, D)
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     for start in tl.range(whole, end, BLOCK_N, num_stages=2):
-        j = start + columns
-        inside = j < keys
-        if HAS_MASK:
-            inside = inside & (tl.load(mask + j, mask=inside, other=0) != 0)
-        offset = start + tl.zeros((), tl.int64)
-        k = tl.load(
-            key + offset * stride_key_t + (columns[None, :] * stride_key_t + dims[:, None]),
-            mask=inside[None, :],
-            other=0.0,
-        )
-        v = tl.load(
-            value + offset * stride_value_t + (columns[:, None] * stride_value_t + dims[None, :]),
-            mask=inside[:, None],
-            other=0.0,
-        )
-        seen = inside[None, :] & real[:, None]
-        if CAUSAL:
-            seen = seen & (j[None, :] <= position[:, None])
-        if HAS_WINDOW:
-            seen = seen & (j[None, :] > position[:, None] - window)
-        # A weight of 0 times a NaN is a NaN: what is not finite is taken out, and the rows that see it are marked.
-        bad = tl.max(_non_finite(v.to(tl.float32)).to(tl.int32), 1)
-        v = tl.where(bad[:, None] != 0, 0.0, v)
-        poisoned = tl.maximum(poisoned, tl.max(tl.where(seen, bad[None, :], 0), 1))
-        logits = tl.dot(q, k, input_precision=PRECISION) * scale2
-        logits = tl.where(seen, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # rows that have seen nothing yet
-        weights = tl.exp2(logits - finite_top[:, None])
-        kept = tl.exp2(top - finite_top)
-        total = total * kept + tl.sum(weights, 1)
-        acc = tl.dot(weights.to(v.dtype), v, acc * kept[:, None], input_precision=PRECISION)
-        top = new_top
-
+        k = _load(key, batch, kv_head, start, BLOCK_N, D)
+        v = _load(value, batch, kv_head, start, BLOCK_N, D)
+        _, seen = _seen(start + tl.arange(0, BLOCK_N), position, real, mask, keys, window, CAUSAL, HAS_MASK, HAS_WINDOW)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
+        if AGAIN:
+            bad = tl.max(_non_finite(v), 1)
+            poisoned = tl.maximum(poisoned, tl.max(tl.where(seen, bad[None, :], 0), 1))
+            v = tl.where(bad[:, None] != 0, 0.0, v)
+        top, total, acc = _absorb(tl.where(seen, logits, float("-inf")), v, top, total, acc, PRECISION)
     empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    acc = tl.where(poisoned[:, None] != 0, float("nan"), acc)
+    if AGAIN:
+        acc = tl.where(poisoned[:, None] != 0, float("nan"), acc)
+    else:
+        tl.store(poisoned_tiles, tl.max(tl.max(_non_finite(acc), 1), 0))
     # +inf where nothing is seen: then all weights are 0 in the backward pass.
     row_lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))
-    at = batch * length + token
-    output += at * (HEADS * D) + head * D
+    output += (batch64 * length + token) * (HEADS * D) + head * D
     tl.store(output[:, None] + dims[None, :], acc.to(output.dtype.element_ty), mask=real[:, None])
-    tl.store(lse + (batch * HEADS + head) * length + token, row_lse, mask=real)
-
-
-@triton.jit
-def _query_step(
-    dq,
-    q,
-    do,
-    row_lse,
-    delta,
-    position,
-    key,
-    value,
-    mask,
-    start,
-    scale2,
-    keys,
-    window,
-    stride_key_t,
-    stride_value_t,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    dims = tl.arange(0, D)
-    columns = tl.arange(0, BLOCK_N)
-    offset = start + tl.zeros((), tl.int64)
-    keys_at = key + offset * stride_key_t + (columns[None, :] * stride_key_t + dims[:, None])
-    values_at = value + offset * stride_value_t + (columns[None, :] * stride_value_t + dims[:, None])
-    if MASKED:
-        j = start + columns
-        inside = j < keys
-        if HAS_MASK:
-            inside = inside & (tl.load(mask + j, mask=inside, other=0) != 0)
-        k = tl.load(keys_at, mask=inside[None, :], other=0.0)
-        v = tl.load(values_at, mask=inside[None, :], other=0.0)
-    else:
-        k = tl.load(keys_at)
-        v = tl.load(values_at)
-    weights = tl.exp2(tl.dot(q, k, input_precision=PRECISION) * scale2 - row_lse[:, None])
-    if MASKED:
-        seen = inside[None, :]
-        if CAUSAL:
-            seen = seen & (j[None, :] <= position[:, None])
-        if HAS_WINDOW:
-            seen = seen & (j[None, :] > position[:, None] - window)
-        weights = tl.where(seen, weights, 0.0)
-    ds = weights * (tl.dot(do, v, input_precision=PRECISION) - delta[:, None])
-    return tl.dot(ds.to(k.dtype), tl.trans(k), dq, input_precision=PRECISION)
+    tl.store(lse + (batch64 * HEADS + head) * length + token, row_lse, mask=real)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALISED)
@@ -224,8 +216,11 @@ def _backward_query(
     output,
     grad,
     lse,
-    deltas,
     grad_query,
+    list_query,
+    list_grad,
+    list_lse,
+    list_delta,
     scale,
     tokens,
     length,
@@ -234,12 +229,6 @@ def _backward_query(
     stride_query_b,
     stride_query_h,
     stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_value_b,
-    stride_value_h,
-    stride_value_t,
     stride_grad_b,
     stride_grad_h,
     stride_grad_t,
@@ -253,65 +242,53 @@ def _backward_query(
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dQ of a tile of queries, and each row's `delta` = dO . O, which `_backward_key` needs as well."""
-    head = tl.program_id(1)
-    batch = tl.program_id(2)
-    before += head.to(tl.int64) * (tokens + 1) + batch * length
-    rows += head.to(tl.int64) * tokens
-    first = tl.load(before)
-    count = tl.load(before + length) - first
-    tile = tl.cdiv(count, BLOCK_M) - 1 - tl.program_id(0)
-    if tile < 0:
+    """dQ of a tile of queries. Writes what `_backward_key` reads of a row in the order of the list: Q, dO, and dO . O."""
+    first, count, token, real, lowest, highest = _tile(rows, before, tokens, length, keys, BLOCK_M)
+    if count == 0:
         return
-    rows += first + tile * BLOCK_M
-    count -= tile * BLOCK_M
-    at = tl.arange(0, BLOCK_M)
-    real = at < count
-    token = tl.load(rows + at, mask=real, other=0) - batch * length
-    ahead = keys - length
-    position = token + ahead
-    lowest = tl.load(rows) - batch * length + ahead
-    highest = tl.load(rows + tl.minimum(count, BLOCK_M) - 1) - batch * length + ahead
-
-    dims = tl.arange(0, D)
-    batch = batch.to(tl.int64)
+    position = token + (keys - length)
+    head = tl.program_id(1)
+    kv_head = head // GROUP
+    batch = tl.program_id(2)
+    batch64 = batch.to(tl.int64)
     token64 = token.to(tl.int64)
-    query += batch * stride_query_b + head.to(tl.int64) * stride_query_h
+    dims = tl.arange(0, D)
+    query += batch64 * stride_query_b + head.to(tl.int64) * stride_query_h
     q = tl.load(query + token64[:, None] * stride_query_t + dims[None, :], mask=real[:, None], other=0.0)
-    grad += batch * stride_grad_b + head.to(tl.int64) * stride_grad_h
+    grad += batch64 * stride_grad_b + head.to(tl.int64) * stride_grad_h
     do = tl.load(grad + token64[:, None] * stride_grad_t + dims[None, :], mask=real[:, None], other=0.0)
-    place = ((batch * length + token64) * HEADS + head) * D
+    place = ((batch64 * length + token64) * HEADS + head) * D
     o = tl.load(output + place[:, None] + dims[None, :], mask=real[:, None], other=0.0)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    of_row = (batch * HEADS + head) * length + token
-    tl.store(deltas + of_row, delta, mask=real)
-    row_lse = tl.load(lse + of_row, mask=real, other=float("inf"))
-    key += batch * stride_key_b + (head // GROUP).to(tl.int64) * stride_key_h
-    value += batch * stride_value_b + (head // GROUP).to(tl.int64) * stride_value_h
-    mask += batch * keys
+    row_lse = tl.load(lse + (batch64 * HEADS + head) * length + token, mask=real, other=float("inf"))
+    at = head.to(tl.int64) * tokens + first + tl.arange(0, BLOCK_M)
+    tl.store(list_query + at[:, None] * D + dims[None, :], q, mask=real[:, None])
+    tl.store(list_grad + at[:, None] * D + dims[None, :], do, mask=real[:, None])
+    tl.store(list_lse + at, row_lse, mask=real)
+    tl.store(list_delta + at, delta, mask=real)
+    mask += batch64 * keys
     scale2 = scale * 1.4426950408889634
+    begin, whole, end = _key_range(lowest, highest, keys, window, BLOCK_N, CAUSAL, HAS_MASK, HAS_WINDOW)
 
-    end = keys
-    whole = keys // BLOCK_N * BLOCK_N
-    begin = end * 0
-    if CAUSAL:
-        end = highest + 1
-        whole = (lowest + 1) // BLOCK_N * BLOCK_N
-    if HAS_WINDOW:
-        begin = tl.maximum(lowest - window + 1, 0) // BLOCK_N * BLOCK_N
-    if HAS_WINDOW or HAS_MASK:
-        whole = begin
     dq = tl.zeros((BLOCK_M, D), tl.float32)
     for start in range(begin, whole, BLOCK_N):
-        dq = _query_step(
-            dq, q, do, row_lse, delta, position, key, value, mask, start, scale2, keys, window, stride_key_t,
-            stride_value_t, D, BLOCK_N, False, CAUSAL, HAS_MASK, HAS_WINDOW, PRECISION,
-        )  # fmt: skip
+        k = _load(key, batch, kv_head, start, BLOCK_N, D)
+        v = _load(value, batch, kv_head, start, BLOCK_N, D)
+        weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - row_lse[:, None])
+        ds = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     for start in tl.range(whole, end, BLOCK_N, num_stages=2):
-        dq = _query_step(
-            dq, q, do, row_lse, delta, position, key, value, mask, start, scale2, keys, window, stride_key_t,
-            stride_value_t, D, BLOCK_N, True, CAUSAL, HAS_MASK, HAS_WINDOW, PRECISION,
-        )  # fmt: skip
+        k = _load(key, batch, kv_head, start, BLOCK_N, D)
+        v = _load(value, batch, kv_head, start, BLOCK_N, D)
+        j = start + tl.arange(0, BLOCK_N)
+        inside, seen = _seen(j, position, real, mask, keys, window, CAUSAL, HAS_MASK, HAS_WINDOW)
+        if HAS_MASK:  # what is hidden may be anything
+            k = tl.where(inside[:, None], k, 0.0)
+            v = tl.where(inside[:, None], v, 0.0)
+        weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2 - row_lse[:, None])
+        weights = tl.where(seen, weights, 0.0)
+        ds = weights * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dq = dq * scale
     tl.store(grad_query + place[:, None] + dims[None, :], dq.to(grad_query.dtype.element_ty), mask=real[:, None])
 
@@ -327,15 +304,12 @@ def _key_step(
     grad,
     rows,
     lse,
-    deltas,
+    delta,
     row,
     end,
-    base,
     ahead,
     scale2,
     window,
-    stride_query_t,
-    stride_grad_t,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
@@ -343,18 +317,16 @@ def _key_step(
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    dims = tl.arange(0, D)
+    """Adds rows `row` and following of a head's list to dK and dV; `query` and `grad` are blocks of the lists of all heads."""
     at = row + tl.arange(0, BLOCK_M)
     real = at < end
-    token = tl.load(rows + at, mask=real, other=base) - base
-    token64 = token.to(tl.int64)
-    q = tl.load(query + token64[None, :] * stride_query_t + dims[:, None], mask=real[None, :], other=0.0)
-    do = tl.load(grad + token64[:, None] * stride_grad_t + dims[None, :], mask=real[:, None], other=0.0)
-    row_lse = tl.load(lse + token, mask=real, other=float("inf"))
-    delta = tl.load(deltas + token, mask=real, other=0.0)
-    weights = tl.exp2(tl.dot(k, q, input_precision=PRECISION) * scale2 - row_lse[None, :])
+    q = query.load([row, 0])
+    do = grad.load([row, 0])
+    row_lse = tl.load(lse + at, mask=real, other=float("inf"))  # past the end all weights are 0
+    row_delta = tl.load(delta + at, mask=real, other=0.0)
+    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale2 - row_lse[None, :])
     if MASKED:
-        position = token + ahead
+        position = tl.load(rows + at, mask=real, other=0) + ahead
         seen = real[None, :]
         if CAUSAL:
             seen = seen & (j[:, None] <= position[None, :])
@@ -362,8 +334,8 @@ def _key_step(
             seen = seen & (j[:, None] > position[None, :] - window)
         weights = tl.where(seen, weights, 0.0)
     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
-    ds = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), tl.trans(q), dk, input_precision=PRECISION)
+    ds = weights * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - row_delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -377,7 +349,7 @@ def _backward_key(
     before,
     grad,
     lse,
-    deltas,
+    delta,
     grad_key,
     grad_value,
     scale,
@@ -385,19 +357,6 @@ def _backward_key(
     length,
     keys,
     window,
-    stride_query_b,
-    stride_query_h,
-    stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_value_b,
-    stride_value_h,
-    stride_value_t,
-    stride_grad_b,
-    stride_grad_h,
-    stride_grad_t,
-    HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -407,30 +366,22 @@ def _backward_key(
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dK and dV of a tile of keys, over all query heads of the KV head."""
+    """dK and dV of a tile of keys, over all query heads of the KV head. `query`, `grad`, `lse`, `delta` in the order of the lists."""
     start = tl.program_id(0) * BLOCK_N
     kv_head = tl.program_id(1)
-    base = tl.program_id(2) * length
-    batch = tl.program_id(2).to(tl.int64)
+    batch = tl.program_id(2)
+    base = batch * length
     dims = tl.arange(0, D)
     j = start + tl.arange(0, BLOCK_N)
-    inside = j < keys
-    if HAS_MASK:
-        inside = inside & (tl.load(mask + batch * keys + j, mask=inside, other=0) != 0)
-    key += batch * stride_key_b + kv_head.to(tl.int64) * stride_key_h
-    value += batch * stride_value_b + kv_head.to(tl.int64) * stride_value_h
-    j64 = j.to(tl.int64)
-    k = tl.load(key + j64[:, None] * stride_key_t + dims[None, :], mask=inside[:, None], other=0.0)
-    v = tl.load(value + j64[:, None] * stride_value_t + dims[None, :], mask=inside[:, None], other=0.0)
-    query += batch * stride_query_b
-    grad += batch * stride_grad_b
+    k = _load(key, batch, kv_head, start, BLOCK_N, D)
+    v = _load(value, batch, kv_head, start, BLOCK_N, D)
     scale2 = scale * 1.4426950408889634
     ahead = keys - length
     dk = tl.zeros((BLOCK_N, D), tl.float32)
     dv = tl.zeros((BLOCK_N, D), tl.float32)
     for member in range(GROUP):
-        head = (kv_head * GROUP + member).to(tl.int64)
-        counted = before + head * (tokens + 1) + base
+        head = kv_head * GROUP + member
+        counted = before + head.to(tl.int64) * (tokens + 1) + base
         first = tl.load(counted)
         end = tl.load(counted + length)
         whole = first  # from here on every query sees every key of the tile
@@ -440,23 +391,24 @@ def _backward_key(
         if HAS_WINDOW:
             end = tl.load(counted + tl.minimum(tl.maximum(start + BLOCK_N - 1 + window - ahead, 0), length))
             whole = end
-        of_head = (batch * HEADS + head) * length
+        shift = head * tokens  # rows of all heads in one list, at most 2^31 - 1
         for row in tl.range(first, whole, BLOCK_M, num_stages=2):
             dk, dv = _key_step(
-                dk, dv, k, v, j, query + head * stride_query_h, grad + head * stride_grad_h, rows + head * tokens,
-                lse + of_head, deltas + of_head, row, whole, base, ahead, scale2, window, stride_query_t,
-                stride_grad_t, D, BLOCK_M, True, CAUSAL, HAS_WINDOW, PRECISION,
+                dk, dv, k, v, j, query, grad, rows, lse, delta, shift + row, shift + whole, ahead - base, scale2, window,
+                D, BLOCK_M, True, CAUSAL, HAS_WINDOW, PRECISION,
             )  # fmt: skip
         for row in range(whole, end, BLOCK_M):
             dk, dv = _key_step(
-                dk, dv, k, v, j, query + head * stride_query_h, grad + head * stride_grad_h, rows + head * tokens,
-                lse + of_head, deltas + of_head, row, end, base, ahead, scale2, window, stride_query_t,
-                stride_grad_t, D, BLOCK_M, False, CAUSAL, HAS_WINDOW, PRECISION,
+                dk, dv, k, v, j, query, grad, rows, lse, delta, shift + row, shift + end, ahead - base, scale2, window,
+                D, BLOCK_M, False, CAUSAL, HAS_WINDOW, PRECISION,
             )  # fmt: skip
     # A hidden key has a row of its own in the products above, which is left out here.
+    inside = j < keys
+    if HAS_MASK:
+        inside = inside & (tl.load(mask + batch.to(tl.int64) * keys + j, mask=inside, other=0) != 0)
     dk = tl.where(inside[:, None], dk * scale, 0.0)
     dv = tl.where(inside[:, None], dv, 0.0)
-    at = ((batch * tl.num_programs(1) + kv_head) * keys + j64) * D
+    at = ((batch.to(tl.int64) * tl.num_programs(1) + kv_head) * keys + j) * D
     tl.store(grad_key + at[:, None] + dims[None, :], dk.to(grad_key.dtype.element_ty), mask=(j < keys)[:, None])
     tl.store(grad_value + at[:, None] + dims[None, :], dv.to(grad_value.dtype.element_ty), mask=(j < keys)[:, None])
 
@@ -548,9 +500,9 @@ class _Config(NamedTuple):
 
 # By head size up to 64, 128 and 256, in half precision. Tiles of rows and keys, warps, stages.
 _TABLE = {
-    "forward": (_Config(128, 128, 8, 3), _Config(128, 64, 8, 3), _Config(64, 64, 4, 2)),
-    "query": (_Config(128, 64, 8, 3), _Config(128, 64, 8, 2), _Config(64, 32, 4, 2)),
-    "key": (_Config(64, 128, 8, 2), _Config(64, 128, 8, 2), _Config(32, 64, 4, 2)),
+    "forward": (_Config(128, 128, 8, 3), _Config(128, 128, 8, 3), _Config(64, 64, 4, 2)),
+    "query": (_Config(128, 64, 8, 3), _Config(128, 64, 8, 3), _Config(64, 32, 4, 2)),
+    "key": (_Config(64, 128, 8, 3), _Config(64, 128, 8, 3), _Config(32, 64, 4, 2)),
 }
 # Tiles of rows, columns and reduction, warps, stages.
 _PROJECT = {64: (128, 64, 64, 4, 4), 128: (128, 128, 64, 8, 4)}
@@ -570,12 +522,19 @@ def _unit(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """Keys or values as the copy engine takes them: rows of whole 16 bytes."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    fine = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(step % 16 == 0 and step > 0 for step in steps)
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
+def _blocks(x: Tensor, size: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1] * (x.ndim - 2) + [size, x.shape[-1]])
+
+
 def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:
     return other if mask is None else mask.contiguous().view(torch.uint8)
-
-
-def _arguments(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:
-    return tuple(x.stride(i) for x in (query, key, value) for i in range(3))
 
 
 @torch.library.custom_op("heedful::routed_attention", mutates_args=())
@@ -591,18 +550,22 @@ def routed_attention_op(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The output as `(B, T, H, D)`, and the base-2 log-sum-exp `(B, H, T)` of the chosen rows."""
-    query, key, value = _unit(query), _unit(key), _unit(value)
+    query, key, value = _unit(query), _aligned(key), _aligned(value)
     batch, heads, length, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     output = torch.zeros((batch, length, heads, dim), dtype=query.dtype, device=query.device)
     lse = torch.full((batch, heads, length), torch.inf, dtype=torch.float32, device=query.device)
     config = _config("forward", dim, query.dtype)
-    _forward[(triton.cdiv(length, config.block_m), heads, batch)](
-        query, key, value, _bytes(mask, rows), rows, before, output, lse, scale, batch * length, length, keys, window,
-        *_arguments(query, key, value), HEADS=heads, GROUP=heads // kv_heads, D=dim, BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, CAUSAL=causal, HAS_MASK=mask is not None, HAS_WINDOW=window > 0,
-        PRECISION=_precision(query.dtype), num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
+    grid = (triton.cdiv(length, config.block_m), heads, batch)
+    poisoned = torch.empty(grid[0] * heads * batch, dtype=torch.int32, device=query.device)
+    for again in (False, True):
+        _forward[grid](
+            query, _blocks(key, config.block_n), _blocks(value, config.block_n), _bytes(mask, rows), rows, before, output, lse,
+            poisoned, scale, batch * length, length, keys, window, *query.stride()[:3], HEADS=heads, GROUP=heads // kv_heads,
+            D=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, CAUSAL=causal, HAS_MASK=mask is not None,
+            HAS_WINDOW=window > 0, PRECISION=_precision(query.dtype), AGAIN=again, num_warps=config.num_warps,
+            num_stages=1 if again else config.num_stages,
+        )  # fmt: skip
     return output, lse
 
 
@@ -628,30 +591,34 @@ def routed_attention_backward_op(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the query as `(B, T, H, D)`, of key and value."""
-    query, key, value = _unit(query), _unit(key), _unit(value)
-    grad = _unit(grad)
+    query, grad, key, value = _unit(query), _unit(grad), _aligned(key), _aligned(value)
     batch, heads, length, dim = query.shape
     kv_heads, keys = key.shape[1:3]
+    tokens = batch * length
     grad_query = torch.zeros_like(output)
     grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-    deltas = torch.empty_like(lse)
-    strides = (*_arguments(query, key, value), grad.stride(0), grad.stride(2), grad.stride(1))
-    sizes = (batch * length, length, keys, window)
+    # Rows of the lists; zeros, since a block reads past the end of a list and 0 times what lies there has to be 0.
+    list_query, list_grad = (
+        torch.zeros((heads * tokens, dim), dtype=query.dtype, device=query.device) for _ in range(2)
+    )
+    list_lse, list_delta = (torch.empty(heads * tokens, dtype=torch.float32, device=query.device) for _ in range(2))
+    sizes = (tokens, length, keys, window)
     shared = {
-        "HEADS": heads, "GROUP": heads // kv_heads, "D": dim, "CAUSAL": causal, "HAS_MASK": mask is not None,
-        "HAS_WINDOW": window > 0, "PRECISION": _precision(query.dtype),
+        "GROUP": heads // kv_heads, "D": dim, "CAUSAL": causal, "HAS_MASK": mask is not None, "HAS_WINDOW": window > 0,
+        "PRECISION": _precision(query.dtype),
     }  # fmt: skip
     config = _config("query", dim, query.dtype)
     _backward_query[(triton.cdiv(length, config.block_m), heads, batch)](
-        query, key, value, _bytes(mask, rows), rows, before, output, grad, lse, deltas, grad_query, scale, *sizes,
-        *strides, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        num_stages=config.num_stages, **shared,
+        query, _blocks(key, config.block_n), _blocks(value, config.block_n), _bytes(mask, rows), rows, before, output, grad,
+        lse, grad_query, list_query, list_grad, list_lse, list_delta, scale, *sizes, *query.stride()[:3], grad.stride(0),
+        grad.stride(2), grad.stride(1), HEADS=heads, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
     config = _config("key", dim, query.dtype)
     _backward_key[(triton.cdiv(keys, config.block_n), kv_heads, batch)](
-        query, key, value, _bytes(mask, rows), rows, before, grad, lse, deltas, grad_key, grad_value, scale, *sizes,
-        *strides, BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps,
-        num_stages=config.num_stages, **shared,
+        _blocks(list_query, config.block_m), _blocks(key, config.block_n), _blocks(value, config.block_n), _bytes(mask, rows),
+        rows, before, _blocks(list_grad, config.block_m), list_lse, list_delta, grad_key, grad_value, scale, *sizes,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages, **shared,
     )  # fmt: skip
     return grad_query, grad_key, grad_value
 
@@ -727,15 +694,41 @@ def _projection_gradients(ctx, grad):
 routed_projection_op.register_autograd(_projection_gradients, setup_context=_keep_projection)
 
 
-def grouped_output(x: Tensor, weight: Tensor, rows: Tensor, before: Tensor, active: Tensor, slots: int) -> Tensor:
-    """`sum_h x[n, h] @ weight[h]` over the chosen heads alone: each head's rows by themselves, then each token's sum."""
-    tokens, _heads, _ = x.shape
-    slot = active.cumsum(1, dtype=torch.int32)
-    parts = torch.empty((tokens, slots, weight.shape[2]), dtype=x.dtype, device=x.device)
-    _launch_project(x, weight, None, rows, before, slot - 1, parts)
-    output = torch.empty((tokens, weight.shape[2]), dtype=x.dtype, device=x.device)
-    block = min(1024, triton.next_power_of_2(weight.shape[2]))
-    _combine[(tokens, triton.cdiv(weight.shape[2], block))](
-        parts, slot[:, -1].contiguous(), output, slots, C=weight.shape[2], BLOCK_C=block, num_warps=4
+@torch.library.custom_op("heedful::routed_output", mutates_args=())
+def routed_output_op(heads: Tensor, weight: Tensor, active: Tensor, rows: Tensor, before: Tensor, most: int) -> Tensor:
+    """`sum_h heads[n, h] @ weight[h]` over the chosen heads, `(N, C)`: each head's rows by themselves, then each token's sum."""
+    heads = _unit(heads)
+    tokens, width = heads.shape[0], weight.shape[2]
+    rank = active.cumsum(1, dtype=torch.int32)  # of a head among the token's, from 1
+    parts = torch.empty((tokens, most, width), dtype=heads.dtype, device=heads.device)
+    _launch_project(heads, weight, None, rows, before, rank - 1, parts)
+    output = torch.empty((tokens, width), dtype=heads.dtype, device=heads.device)
+    block = min(1024, triton.next_power_of_2(width))
+    _combine[(tokens, triton.cdiv(width, block))](
+        parts, rank[:, -1].contiguous(), output, most, C=width, BLOCK_C=block, num_warps=4
     )
     return output
+
+
+@routed_output_op.register_fake
+def _(heads, weight, active, rows, before, most):
+    return heads.new_empty((heads.shape[0], weight.shape[2]))
+
+
+def _keep_output(ctx, inputs, output):
+    heads, weight, active, rows, before, _ = inputs
+    ctx.save_for_backward(heads, weight, active, rows, before)
+
+
+def _output_gradients(ctx, grad):
+    heads, weight, active, rows, before = ctx.saved_tensors
+    grad_heads = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_heads = routed_projection_op(grad, weight.mT, None, active, rows, before)
+    if ctx.needs_input_grad[1]:
+        chosen = heads.masked_fill(~active[..., None], 0)
+        grad_weight = (chosen.flatten(1).mT @ grad).unflatten(0, heads.shape[1:])
+    return grad_heads, grad_weight, None, None, None, None
+
+
+routed_output_op.register_autograd(_output_gradients, setup_context=_keep_output)

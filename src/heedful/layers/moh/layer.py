@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from heedful.attention import dispatch_heads, routed_attention, routed_projection
+from heedful.attention import dispatch_heads, routed_attention, routed_output, routed_projection
 from heedful.layers.moh.routing import choose, load_balance
 
 # Tokens of a batch, and of a row, from which on skipping is faster than computing all heads, on an H200.
 SKIP_FROM = 4096
+# The output projection skips heads where a token has at most one in so many of the routed ones: above, one dense product over
+# zeros is faster than products of each head's rows and their sum.
+OUTPUT_SHARE = 8
 
 
 class MixtureOfHeads(nn.Module):
@@ -50,9 +53,9 @@ class MixtureOfHeads(nn.Module):
 
     Cost:
         The parameters of multi-head attention and `C * (H + 2)` of routers. On a GPU, from some 4,096 tokens on, a routed
-        head that a token does not have costs no query projection, no scores and no product with the values; the output
-        projection is one dense product over zeros, which is faster there than products of gathered rows (both are in
-        `benchmarks/operators/moh.py`). Elsewhere all heads are computed. Backward, the weights' gradients are dense.
+        head that a token does not have costs no query projection, no scores and no product with the values, and where a
+        token has at most an eighth of the routed heads, no output projection: with more, one dense product over zeros is
+        faster (both are in `benchmarks/operators/moh.py`). Elsewhere all heads are computed. Backward, the weights' gradients are dense.
 
     When not to use:
         To shorten generation: at one token a step, keys and values are what is read, and they stay. It keeps no cache; models that
@@ -147,12 +150,11 @@ class MixtureOfHeads(nn.Module):
         value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         key = key if rotary is None else _rotate(key, rotary)
         if self._skips(x, key):
-            heads = self._chosen_heads(x, key, value, gates[..., self.num_shared_heads :] > 0, attention_mask, rotary)
+            y = self._chosen_heads(x, key, value, gates, attention_mask, rotary)
         else:
             query = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
             query = query if rotary is None else _rotate(query, rotary)
-            heads = self._attend(query, key, value, attention_mask)
-        y = self.o_proj((heads.transpose(1, 2) * gates[..., None].to(heads.dtype)).flatten(2))
+            y = self.o_proj(_weighted(self._attend(query, key, value, attention_mask), gates).flatten(2))
         return (y, (gates, loss)) if return_routing else y
 
     def _gates(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -189,7 +191,7 @@ class MixtureOfHeads(nn.Module):
             and x.shape[0] * x.shape[1] >= SKIP_FROM
             and self.head_dim in (16, 32, 64, 128, 256)
             and key.dtype in (torch.bfloat16, torch.float16, torch.float32)
-            and type(self.q_proj) is nn.Linear  # an adapter in its place is called, with all heads
+            and type(self.q_proj) is type(self.o_proj) is nn.Linear  # an adapter in its place is called, with all heads
         )
 
     def _chosen_heads(
@@ -197,35 +199,41 @@ class MixtureOfHeads(nn.Module):
         x: Tensor,
         key: Tensor,
         value: Tensor,
-        active: Tensor,
+        gates: Tensor,
         attention_mask: Tensor | None,
         rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """`(B, H, T, D)`: the shared heads by the ordinary kernels, of the routed ones the chosen pairs."""
-        shared, dim = self.num_shared_heads, self.head_dim
+        """The layer's output: the shared heads by the ordinary kernels, of the routed ones the chosen pairs."""
+        shared, dim, k = self.num_shared_heads, self.head_dim, self.top_k_heads
+        routed = self.num_heads - shared
+        active = gates[..., shared:] > 0
         if attention_mask is not None:
             active = active & attention_mask[..., None]
         dispatch = dispatch_heads(active)
         weight, bias = self.q_proj.weight, self.q_proj.bias
+        of_heads = weight[shared * dim :].unflatten(0, (routed, dim)).mT
         query = routed_projection(
-            x,
-            weight[shared * dim :].unflatten(0, (-1, dim)).mT,
-            dispatch,
-            None if bias is None else bias[shared * dim :].unflatten(0, (-1, dim)),
+            x, of_heads, dispatch, None if bias is None else bias[shared * dim :].view(routed, dim)
         )
         query = query.transpose(1, 2)
         query = query if rotary is None else _rotate(query, rotary)
-        routed_keys, routed_values = (self._of_heads(t, shared, self.num_heads) for t in (key, value))
-        routed = routed_attention(
-            query, routed_keys, routed_values, dispatch, causal=self.causal, attention_mask=attention_mask
-        )
-        if not shared:
-            return routed
-        query = functional.linear(x, weight[: shared * dim], None if bias is None else bias[: shared * dim])
-        query = query.unflatten(-1, (shared, dim)).transpose(1, 2)
-        query = query if rotary is None else _rotate(query, rotary)
-        keys, values = (self._of_heads(t, 0, shared) for t in (key, value))
-        return torch.cat([self._attend(query, keys, values, attention_mask), routed], 1)
+        keys, values = (self._of_heads(t, shared, self.num_heads) for t in (key, value))
+        heads = routed_attention(query, keys, values, dispatch, causal=self.causal, attention_mask=attention_mask)
+        chosen = _weighted(heads, gates[..., shared:])
+        pieces = []
+        if shared:
+            query = functional.linear(x, weight[: shared * dim], None if bias is None else bias[: shared * dim])
+            query = query.unflatten(-1, (shared, dim)).transpose(1, 2)
+            query = query if rotary is None else _rotate(query, rotary)
+            keys, values = (self._of_heads(t, 0, shared) for t in (key, value))
+            pieces.append(_weighted(self._attend(query, keys, values, attention_mask), gates[..., :shared]))
+        if k * OUTPUT_SHARE > routed:
+            return self.o_proj(torch.cat([*pieces, chosen], 2).flatten(2))
+        out = self.o_proj.weight
+        y = routed_output(chosen, out[:, shared * dim :].T.unflatten(0, (routed, dim)), dispatch, most=k)
+        if shared:
+            return y + functional.linear(pieces[0].flatten(2), out[:, : shared * dim], self.o_proj.bias)
+        return y if self.o_proj.bias is None else y + self.o_proj.bias
 
     def _of_heads(self, t: Tensor, first: int, last: int) -> Tensor:
         """The keys or values of query heads `first` to `last`: a view where groups are not cut, else one head a query head."""
@@ -244,6 +252,11 @@ class MixtureOfHeads(nn.Module):
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=self.causal, enable_gqa=grouped
         )
+
+
+def _weighted(heads: Tensor, gates: Tensor) -> Tensor:
+    """Heads `(B, H, T, D)` times gates, `(B, T, H, D)`."""
+    return heads.transpose(1, 2) * gates[..., None].to(heads.dtype)
 
 
 class _WideProduct(torch.autograd.Function):
