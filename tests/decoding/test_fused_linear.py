@@ -14,7 +14,7 @@ from heedful.decoding import fused_linear
 
 
 class Block(nn.Module):
-    """Three layers with one input, one with a bias; two with another; one alone; one too small for the kernels' tiles."""
+    """Layers with one input, some with a bias; gates, and what only looks like one; one too small for the kernels' tiles."""
 
     def __init__(self):
         super().__init__()
@@ -26,6 +26,10 @@ class Block(nn.Module):
     def forward(self, x):
         x = x + self.o(torch.cat([self.q(x), self.k(x), self.v(x)], -1).sin())
         x = x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        y = x.cos()
+        x = x + self.down(self.gate(y) * nn.functional.silu(self.up(y)))
+        y = x.sin()
+        x = x + self.down(nn.functional.silu(self.gate(y)) + self.up(y))  # no product
         return self.small(x)
 
 
@@ -45,10 +49,10 @@ def test_rewritten_graph_gives_what_the_layers_give(shape):
     want = block.double()(x.double())
     assert (got.double() - want).norm() / want.norm() < 2e-2
     assert torch._C._nn.linear not in targets
-    counts = [targets.count(getattr(torch.ops.heedful, name).default) for name in ("fused_linear", "shared_linear")]
-    assert sum(counts) == 5  # query, key and value; o; gate and up; down; the small one
-    rows = shape[0] * shape[1]
-    assert counts == ([1, 4] if 1 < rows <= 64 else [5, 0])
+    names = ("fused_linear", "shared_linear", "gated_linear")
+    counts = [targets.count(getattr(torch.ops.heedful, name).default) for name in names]
+    few = 1 < shape[0] * shape[1] <= 64
+    assert counts == ([1, 6, 2] if few else [7, 0, 2])  # small; q, k, v, o, down three times, gate and up; gated
 
 
 def test_registered_operators():
@@ -56,6 +60,10 @@ def test_registered_operators():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.heedful.fused_linear.default, (x, weights), test_utils=tests)
     torch.library.opcheck(torch.ops.heedful.shared_linear.default, (x, weights, 4), test_utils=tests)
+    weights = [torch.randn(32, 64), torch.randn(32, 64)]
+    torch.library.opcheck(torch.ops.heedful.gated_linear.default, (x, *weights), test_utils=tests)
+    want = nn.functional.silu(x @ weights[0].T) * (x @ weights[1].T)
+    assert torch.allclose(torch.ops.heedful.gated_linear(x, *weights), want, atol=1e-4)
     for part, w in zip(torch.ops.heedful.shared_linear(x, weights, 4), weights, strict=True):
         assert torch.allclose(part.sum(0), x @ w.T, atol=1e-4)
 
@@ -66,8 +74,8 @@ def test_kernels_under_the_interpreter():
         from heedful.decoding import fused_linear as fl
         torch.manual_seed(0)
         for rows, sizes, k, tiles in [
-            (1, [48], 1536, None),
-            (1, [16, 32, 48], 512, None),
+            (1, [24], 1536, None),
+            (1, [8, 16, 8], 512, None),
             (5, [64, 32, 32], 128, fl._Tiles(32, 64, 1, 4, 3)),
             (20, [32], 256, fl._Tiles(32, 32, 4, 4, 3)),
             (64, [64, 128], 256, fl._Tiles(64, 64, 2, 4, 3)),
@@ -81,6 +89,26 @@ def test_kernels_under_the_interpreter():
             for out, w in zip(outputs, weights):
                 want = x[0].double() @ w.double().T
                 assert (out.double().sum(0) - want).norm() / want.norm() < 1e-3, (rows, sizes)
+        for rows, n, k in [(1, 24, 1024), (7, 32, 64), (64, 64, 128)]:
+            x, gate, up = (torch.randn(m, k, dtype=torch.float16) / k**0.25 for m in (rows, n, n))
+            out = torch.full((rows, n), torch.nan, dtype=torch.float16)
+            if rows == 1:
+                fl._one_row_gated[(n,)](x, gate, up, out, k, K=512)
+            else:
+                fl._few_rows_gated[(n // 32,)](x, gate, up, out, n, k, rows, M=64, N=32, K=64)
+            want = torch.nn.functional.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+            assert (out.double() - want).norm() / want.norm() < 2e-3, (rows, n)
+        from heedful.decoding.row_argmax import row_argmax
+        for rows, n in [(1, 9000), (17, 700)]:
+            x = torch.randn(1, rows, n).half()
+            for poisoned in ({}, {7: -0.0}, {n // 3: torch.inf}, {n // 2: torch.nan, n // 3: torch.inf}):
+                for at, value in poisoned.items():
+                    x[..., at] = value
+                assert torch.equal(row_argmax(x), x.argmax(-1)), (rows, n, poisoned)
+            for x in (torch.randint(-3, 3, (1, rows, n)), torch.full((1, rows, n), -torch.inf), torch.zeros(1, rows, n)):
+                x = x.half()
+                x[..., 1::2] *= -1.0  # ties, of both zeros too
+                assert torch.equal(row_argmax(x), x.argmax(-1)), (rows, n)
         print("fine")
     """
     run = subprocess.run(

@@ -18,12 +18,15 @@ def tree(nodes):
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize(("groups", "nodes"), [(1, 1), (4, 1), (4, 16), (8, 64), (1, 128)])
-def test_error(dtype, dim, groups, nodes):
+@pytest.mark.parametrize(
+    ("groups", "nodes", "capacity"),
+    [(1, 1, 3300), (4, 1, 3300), (4, 16, 3300), (4, 21, 3300), (8, 64, 3300), (8, 64, 700), (1, 128, 3300)],
+)
+def test_error(dtype, dim, groups, nodes, capacity):
     torch.manual_seed(0)
     query = torch.randn(2, 2 * groups, nodes, dim, device="cuda", dtype=dtype)
-    key, value = torch.randn(2, 2, 2, 3300, dim, device="cuda", dtype=dtype)
-    lengths = torch.tensor([3000, 5], device="cuda")
+    key, value = torch.randn(2, 2, 2, capacity, dim, device="cuda", dtype=dtype)
+    lengths = torch.tensor([capacity - 301, 5], device="cuda")
     for row, length in enumerate(lengths.tolist()):
         key[row, :, length + nodes :] = torch.nan
         value[row, :, length + nodes :] = torch.nan
@@ -48,3 +51,19 @@ def test_a_captured_call_follows_the_length():
         graph.replay()
         want = tree_attention(query, key, value, mask, lengths, impl="triton")
         assert torch.equal(out, want)
+
+
+def test_offsets_beyond_two_to_the_31():
+    torch.manual_seed(0)
+    nodes, prefix = 8, 2**31 // (2 * 128) + 1000
+    query = torch.randn(1, 8, nodes, 128, device="cuda", dtype=torch.bfloat16)
+    key, value = (torch.zeros(1, 2, prefix + nodes, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    end = slice(prefix - 700, prefix + nodes)
+    for states in (key, value):
+        states[:, :, end].normal_()
+    assert key[0, 1, prefix:].storage_offset() > 2**31
+    start = torch.tensor([prefix - 700], device="cuda")
+    got = tree_attention(query, key, value, tree(nodes), prefix, prefix_start=start, impl="triton")
+    few = [states[:, :, end].double() for states in (key, value)]
+    want = tree_attention(query.double(), *few, tree(nodes), 700, impl="reference")
+    assert (got.double() - want).norm() / want.norm() < BOUNDS[torch.bfloat16]

@@ -1,8 +1,9 @@
 """The linear layers of a decode step: a few rows against large weights, limited by reading the weights once.
 
-`compile_forward` compiles a model's forward with torch.compile, after linear layers with the same input (query, key and value;
-gate and up) have been put together into one launch of a kernel made for few rows. Where a layer has too few outputs to occupy
-the device, its sums are cut into shares, which whatever comes next (the residual, the norm) adds up in its own kernel.
+`compile_forward` compiles a model's forward with torch.compile, after linear layers with the same input have been put together
+into one launch of a kernel made for few rows: query, key and value; and gate and up with the silu and the product behind
+them. Where a layer has too few outputs to occupy the device, its sums are cut into shares, which whatever comes next (the
+residual, the norm) adds up in its own kernel.
 """
 
 from __future__ import annotations
@@ -68,6 +69,44 @@ def _few_rows(
     tl.store(at, total.to(y.dtype.element_ty), mask=inputs[:, None] < m)
 
 
+@triton.jit
+def _silu_times(gate, up, like):
+    """In float32, of what the two layers would have given in their own precision."""
+    gate, up = gate.to(like.dtype.element_ty).to(tl.float32), up.to(like.dtype.element_ty).to(tl.float32)
+    return (gate * tl.sigmoid(gate) * up).to(like.dtype.element_ty)
+
+
+@triton.jit
+def _one_row_gated(x, w0, w1, y, k, K: tl.constexpr):
+    row, columns = tl.program_id(0), tl.arange(0, K)
+    gates, ups = w0 + row.to(tl.int64) * k + columns, w1 + row.to(tl.int64) * k + columns
+    gate = tl.zeros((K,), tl.float32)
+    up = tl.zeros((K,), tl.float32)
+    for start in range(0, k, K):
+        value = tl.load(x + start + columns).to(tl.float32)
+        gate += tl.load(gates + start).to(tl.float32) * value
+        up += tl.load(ups + start).to(tl.float32) * value
+    tl.store(y + row, _silu_times(tl.sum(gate), tl.sum(up), y))
+
+
+@triton.jit(do_not_specialize=["m"])
+def _few_rows_gated(x, w0, w1, y, n, k, m, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    rows, inputs, columns = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, M), tl.arange(0, K)
+    at = rows[:, None].to(tl.int64) * k + columns[None, :]
+    gates, ups = w0 + at, w1 + at
+    values = x + inputs[:, None] * k + columns[None, :]
+    gate = tl.zeros((M, N), tl.float32)
+    up = tl.zeros((M, N), tl.float32)
+    for _ in range(0, k, K):
+        value = tl.load(values, mask=inputs[:, None] < m, other=0.0)
+        gate = tl.dot(value, tl.load(gates).T, gate)
+        up = tl.dot(value, tl.load(ups).T, up)
+        gates += K
+        ups += K
+        values += K
+    tl.store(y + inputs[:, None] * n + rows[None, :], _silu_times(gate, up, y), mask=inputs[:, None] < m)
+
+
 class _Tiles(NamedTuple):
     outputs: int  # of a program
     columns: int  # of a step
@@ -76,11 +115,20 @@ class _Tiles(NamedTuple):
     num_stages: int
 
 
-def _tiles(rows: int, outputs: int, inputs: int) -> _Tiles:
+#: Programs that occupy the device: a layer is cut into shares until it has as many, or until it is cut into `_MOST_SHARES`.
+_PROGRAMS = 160
+_MOST_SHARES = 4
+#: Of each of two layers in a program of `_few_rows_gated`.
+_GATED = _Tiles(32, 128, 1, 4, 3)
+
+
+def _tiles(outputs: int) -> _Tiles:
     """For `_few_rows`."""
-    if outputs >= 16384:
-        return _Tiles(64, 128, 1, 4, 3)
-    return _Tiles(128, 64, 4, 4, 4)
+    width = 128 if outputs >= 65536 else 64
+    shares = 1
+    while shares < _MOST_SHARES and outputs // width * shares < _PROGRAMS:
+        shares *= 2
+    return _Tiles(width, 128, shares, 4, 3)
 
 
 def _takes(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -97,7 +145,7 @@ def shares(rows: int, outputs: Sequence[int], inputs: int) -> int:
     """Into how many shares the sums over the inputs are best cut: 1 for one row, or for sizes that the tiles do not fit."""
     if not 1 < rows <= _MOST_ROWS:
         return 1
-    tiles = _tiles(rows, sum(outputs), inputs)
+    tiles = _tiles(sum(outputs))
     fits = inputs % (tiles.shares * tiles.columns) == 0 and all(n % tiles.outputs == 0 for n in outputs)
     return tiles.shares if fits else 1
 
@@ -124,7 +172,7 @@ def fused_linear(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     sizes = [w.shape[0] for w in weights]
     tiles: _Tiles | None = None
     if rows != 1:
-        tiles = _tiles(rows, sum(sizes), k)._replace(shares=1)
+        tiles = _tiles(sum(sizes))._replace(shares=1)
     fits = k % 512 == 0 if tiles is None else k % tiles.columns == 0 and not any(n % tiles.outputs for n in sizes)
     if not (fits and 1 <= rows <= _MOST_ROWS and _takes(x, weights)):
         return [torch.nn.functional.linear(x, w) for w in weights]
@@ -138,10 +186,33 @@ def _(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]
 
 
+@torch.library.custom_op("heedful::gated_linear", mutates_args=())
+def gated_linear(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(x @ gate.T) * (x @ up.T)`` in one launch. Without gradients."""
+    rows, k, n = x.numel() // x.shape[-1], x.shape[-1], gate.shape[0]
+    fits = k % 512 == 0 if rows == 1 else k % _GATED.columns == 0 and n % _GATED.outputs == 0
+    if not (fits and 1 <= rows <= _MOST_ROWS and gate.shape == up.shape and _takes(x, [gate, up])):
+        linear, silu = torch.nn.functional.linear, torch.nn.functional.silu
+        return (silu(linear(x, gate).float()) * linear(x, up).float()).to(x.dtype)
+    x, out = x.contiguous(), x.new_empty((*x.shape[:-1], n))
+    if rows == 1:
+        _one_row_gated[(n,)](x, gate, up, out, k, K=1024 if k % 1024 == 0 else 512, num_warps=4)
+        return out
+    _few_rows_gated[(n // _GATED.outputs,)](
+        x, gate, up, out, n, k, rows, M=max(16, triton.next_power_of_2(rows)), N=_GATED.outputs, K=_GATED.columns,
+        num_warps=_GATED.num_warps, num_stages=_GATED.num_stages,
+    )  # fmt: skip
+    return out
+
+
+@gated_linear.register_fake
+def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], gate.shape[0]))
+
+
 @torch.library.custom_op("heedful::shared_linear", mutates_args=())
 def shared_linear(x: Tensor, weights: list[Tensor], shares: int) -> list[Tensor]:
     """`fused_linear` before its last addition: float32 ``(shares, ..., N_i)``, each share the sum over K / shares inputs."""
-    rows, k = x.numel() // x.shape[-1], x.shape[-1]
     sizes = [w.shape[0] for w in weights]
     if not _takes(x, weights):
         parts = [x.float().unflatten(-1, (shares, -1)).movedim(-2, 0)] * len(weights)
@@ -150,7 +221,7 @@ def shared_linear(x: Tensor, weights: list[Tensor], shares: int) -> list[Tensor]
             for part, w in zip(parts, weights, strict=True)
         ]
     outputs = [x.new_empty((shares, *x.shape[:-1], n), dtype=torch.float32) for n in sizes]
-    _launch(x.contiguous(), weights, outputs, _tiles(rows, sum(sizes), k))
+    _launch(x.contiguous(), weights, outputs, _tiles(sum(sizes)))
     return outputs
 
 
@@ -165,15 +236,44 @@ def put_linears_together(graph: fx.GraphModule) -> fx.GraphModule:
     for node in graph.graph.nodes:
         if node.op == "call_function" and node.target is torch._C._nn.linear:
             groups[node.args[0]].append(node)
-    for x, linears in groups.items():
+    for linears in groups.values():
+        if len(linears) == 2 and _gate(graph.graph, linears):
+            continue
         for start in range(0, len(linears), _TOGETHER):
-            _replace(graph.graph, x, linears[start : start + _TOGETHER])
+            _replace(graph.graph, linears[start : start + _TOGETHER])
     graph.graph.lint()
     graph.recompile()
     return graph
 
 
-def _replace(graph: fx.Graph, x: fx.Node, linears: list[fx.Node]) -> None:
+def _bias(linear: fx.Node) -> Any:
+    return linear.args[2] if len(linear.args) > 2 else linear.kwargs.get("bias")
+
+
+def _gate(graph: fx.Graph, linears: list[fx.Node]) -> bool:
+    """Replaces two linear layers that nothing reads but ``silu(one) * other``, and says whether it did."""
+    for gate, up in (linears, linears[::-1]):
+        silu, product = (next(iter(node.users)) for node in (gate, up))
+        alone = all(len(node.users) == 1 and _bias(node) is None for node in (gate, up)) and len(silu.users) == 1
+        if (
+            alone
+            and silu.target is torch.nn.functional.silu
+            and product.target in (operator.mul, torch.mul)
+            and set(product.args) == {silu, up}
+        ):
+            with graph.inserting_before(product):
+                arguments = (gate.args[0], gate.args[1], up.args[1])
+                fused = graph.call_function(torch.ops.heedful.gated_linear.default, arguments)
+            fused.meta = dict(product.meta)
+            product.replace_all_uses_with(fused)
+            for node in (product, silu, gate, up):
+                graph.erase_node(node)
+            return True
+    return False
+
+
+def _replace(graph: fx.Graph, linears: list[fx.Node]) -> None:
+    x = linears[0].args[0]  # as it is by now: it may have been replaced itself
     given = x.meta["example_value"]
     outputs = [node.meta["example_value"].shape[-1] for node in linears]
     cut = 1
@@ -191,9 +291,9 @@ def _replace(graph: fx.Graph, x: fx.Node, linears: list[fx.Node]) -> None:
             out = graph.call_function(operator.getitem, (fused, i))
             if cut > 1:
                 out = graph.call_method("to", (graph.call_function(torch.sum, (out, 0)), given.dtype))
-            bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-            if bias is not None:
+            if (bias := _bias(node)) is not None:
                 out = graph.call_function(torch.add, (out, bias))
+        out.meta = dict(node.meta)
         node.replace_all_uses_with(out)
         graph.erase_node(node)
 
