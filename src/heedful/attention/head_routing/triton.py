@@ -146,7 +146,7 @@ def _forward(
 ):
     """A weight of 0 times a NaN is a NaN, which would reach rows that do not see it. Tiles in which anything is not finite are
     marked, and done `AGAIN`: what is not finite is taken out of the values, and the rows that see it are set to NaN."""
-    _, count, token, real, lowest, highest = _tile(rows, before, tokens, length, keys, BLOCK_M)
+    _first, count, token, real, lowest, highest = _tile(rows, before, tokens, length, keys, BLOCK_M)
     if count == 0:
         return
     head = tl.program_id(1)
@@ -185,7 +185,7 @@ def _forward(
     for start in tl.range(whole, end, BLOCK_N, num_stages=2):
         k = _load(key, batch, kv_head, start, BLOCK_N, D)
         v = _load(value, batch, kv_head, start, BLOCK_N, D)
-        _, seen = _seen(start + tl.arange(0, BLOCK_N), position, real, mask, keys, window, CAUSAL, HAS_MASK, HAS_WINDOW)
+        _inside, seen = _seen(start + tl.arange(0, BLOCK_N), position, real, mask, keys, window, CAUSAL, HAS_MASK, HAS_WINDOW)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
         if AGAIN:
             bad = tl.max(_non_finite(v), 1)
