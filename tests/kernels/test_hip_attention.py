@@ -543,6 +543,26 @@ def test_heads_can_share_their_sets_and_the_search_can_go_in_stages(monkeypatch)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", ["center", "oracle"])
+def test_decoding_can_look_at_every_key(method, monkeypatch):
+    model = build("llama", num_hidden_layers=1)
+    masks, keys, found = recording(monkeypatch), Keys(), []
+    for options in ({}, {"cache_implementation": "static"}):
+        part = HiPAttention(**{**SMALL, "block_size_k": 1}, decode_sample_method=method)
+        found.append(greedy(model, part, keys, input_ids=tokens(length=64), new_tokens=2, **options))
+    torch.testing.assert_close(torch.stack(found[0].logits), torch.stack(found[1].logits), atol=2e-4, rtol=1e-4)
+    query, key = keys.seen[1]
+    scores = (query.unflatten(1, (2, 2)) @ key[:, :, None].mT).flatten(1, 2)[:, :, 0]
+    best = scores[:, :, 2:57].topk(12).indices.sort(-1).values + 2  # sinks 0 and 1, window 57 to 64
+    assert torch.equal(masks[1].block_tokens()[:, :, 0], best) == (method == "oracle")
+
+
+class Keys(heedful.Probe):
+    def queries_keys(self, call, query, key):
+        self.seen = [*getattr(self, "seen", []), (query, key)]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_the_mass_kept_is_that_of_dense_attention(family, monkeypatch):
     model = build(family, **({"layer_types": ["full_attention"] * 3} if family == "gemma2" else {}))

@@ -128,8 +128,8 @@ def test_prefill_is_its_definition():
 
 
 @pytest.mark.parametrize("refresh", [1, 3])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_decoding_is_the_prefill_of_a_block_of_one(refresh, softcap):
+@pytest.mark.parametrize(("softcap", "method"), [(None, "center"), (2.0, "first"), (None, "oracle")])
+def test_decoding_is_the_prefill_of_a_block_of_one(refresh, softcap, method):
     rotation, _, _, query, key, value, mask, offset = rotated()
     sizes = {"top_k": 6, "sliding_window": 9, "num_sink_tokens": 2, "block_size_k": 2}
     sinks = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64)
@@ -140,12 +140,12 @@ def test_decoding_is_the_prefill_of_a_block_of_one(refresh, softcap):
         lengths = torch.full((2,), length)
         found = bounded.decode(
             query[:, :, length - 1 : length], key, value, lengths, state, offset, rotation, 26,
-            refresh_interval=refresh, first_real=first, **given,
+            refresh_interval=refresh, first_real=first, sample_method=method, **given,
         )  # fmt: skip
         if (length - 20) % refresh == 0:
             expected, _, _ = bounded.prefill(
                 query[:, :, length - 1 : length], key[:, :, :length], value[:, :, :length], mask[:, :length], offset,
-                rotation, 26, block_size_q=1, block_stride_q=1, **sizes, **given,
+                rotation, 26, block_size_q=1, block_stride_q=1, sample_method=method, **sizes, **given,
             )  # fmt: skip
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert state.refreshes.unique().tolist() == [-(-29 // refresh)]

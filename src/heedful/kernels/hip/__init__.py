@@ -46,6 +46,9 @@ class HiPAttention(Kernel):
         num_sink_tokens: First tokens of a sample that are always read.
         block_stride_k: Every so-many-th key of a block is scored. Default 1.
         sample_method: Which block represents a node of the tree: see `heedful.attention.hip_attention`.
+        decode_sample_method: The same for the searches of decoding. A search of one query costs little next to what a
+            missed key costs: "oracle" looks at every key once each `mask_refresh_interval` steps and finds the exact top
+            blocks. Default None: as `sample_method`.
         head_group_size: Query heads that share a set of keys. Default 1: each has its own.
         stages: The staged scan of InfiniteHiP instead of the tree, for example `[(64, 4, 256, None), (64, 4, 32, 32768),
             (64, 1, 8, 8192)]`; it takes the place of the block arguments, and `top_k` is its final budget.
@@ -116,6 +119,7 @@ class HiPAttention(Kernel):
         sliding_window: int = 256,
         num_sink_tokens: int = 16,
         sample_method: str = "center",
+        decode_sample_method: str | None = None,
         head_group_size: int = 1,
         stages: Sequence[tuple[int, int, int, int | None]] | None = None,
         trained_length: int | None = None,
@@ -144,8 +148,10 @@ class HiPAttention(Kernel):
             "impl": impl,
         }
         check_arguments(**self.arguments)
+        self.decode_arguments = {**self.arguments, "sample_method": decode_sample_method or sample_method}
+        check_arguments(**self.decode_arguments)
         if stages is not None:
-            self.arguments["block_size_q"] = stages[-1][0]
+            self.arguments["block_size_q"] = self.decode_arguments["block_size_q"] = stages[-1][0]
         if mask_refresh_interval < 1:
             raise ValueError(f"mask_refresh_interval must be at least 1, got {mask_refresh_interval}")
         if dense_layers < 0:
@@ -247,7 +253,7 @@ class HiPAttention(Kernel):
 
     def _is_static(self, call: AttentionCall) -> bool:
         """Whether a decode step of this call can keep its choice on the device."""
-        tree = self.arguments["stages"] is None and self.arguments["sample_method"] == "center"
+        tree = self.arguments["stages"] is None and self.decode_arguments["sample_method"] == "center"
         return tree and isinstance(call.past, Tensor) and call.cache is not None
 
     # ---- prefill
@@ -323,7 +329,7 @@ class HiPAttention(Kernel):
             choice = None if choice.uses >= self.mask_refresh_interval else choice.for_rows_of(key)
         output, mask = hip_attention(
             call.query, key, value, mask=None if choice is None else choice.mask, return_mask=True, attention_mask=real,
-            scale=call.scaling, softcap=call.softcap, sink_logits=call.sinks, **self.arguments,
+            scale=call.scaling, softcap=call.softcap, sink_logits=call.sinks, **self.decode_arguments,
         )  # fmt: skip
         assert isinstance(mask, HiPMask)
         tally.count(mask)
@@ -355,8 +361,9 @@ class HiPAttention(Kernel):
             offset = bounded.place(call) - (lengths - 1)
             rotation = self._rotations[call.module]
             output = bounded.decode(
-                query, key, value, lengths, choice.state, offset, rotation, self.trained_length, **given
-            )
+                query, key, value, lengths, choice.state, offset, rotation, self.trained_length,
+                sample_method=self.decode_arguments["sample_method"], **given,
+            )  # fmt: skip
         choice.count(lengths, first_real, before)
         return output
 
@@ -366,7 +373,7 @@ class HiPAttention(Kernel):
         if not fits or call.layer not in self._choices.get(call.cache, {}):
             raise ValueError(
                 f"layer {call.layer}: HiPAttention can be captured in a CUDA graph while it decodes one token over a static "
-                "cache, with the tree search (no stages, sample_method='center'), after one such step outside the graph."
+                "cache, by the tree search (no stages, decode_sample_method='center'), after one such step outside the graph."
             )
         slot = torch.arange(call.key.shape[2], device=call.query.device)
         end = call.past + 1

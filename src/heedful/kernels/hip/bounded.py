@@ -286,16 +286,19 @@ def decode(
     scale: float,
     softcap: float | None,
     sink_logits: Tensor | None,
+    sample_method: str = "center",
 ) -> Tensor:
-    """`hip_decode`, with bounded positions for the rows that are beyond `trained_length`. No host synchronisation on a
-    GPU: what differs is decided on the device."""
+    """`hip_decode`, with bounded positions for the rows that are beyond `trained_length`.
+
+    With `sample_method="center"` there is no host synchronisation on a GPU: what differs is decided on the device.
+    """
     batch, kv_heads = key.shape[:2]
     beyond = (lengths - first_real > trained_length).view(batch, 1, 1)
     here = (lengths - 1 + offset).view(batch, 1, 1)
     age = lengths[:, None] - state.chosen_at
     due = (state.chosen_at < 0) | (age < 0) | (age >= refresh_interval)
-    if state.nodes and (query.is_cuda or bool(due.any())):
-        chosen = _choose(query, key, lengths, state, first_real, offset, rotation, beyond, here)
+    if state.nodes and ((query.is_cuda and sample_method == "center") or bool(due.any())):
+        chosen = _choose(query, key, lengths, state, first_real, offset, rotation, beyond, here, sample_method)
         state.blocks.copy_(torch.where(due[..., None], chosen, state.blocks))
     state.chosen_at.copy_(torch.where(due, lengths[:, None].int(), state.chosen_at))
     state.refreshes.add_(due)
@@ -337,8 +340,9 @@ def _choose(
     rotation: Rotation,
     beyond: Tensor,
     here: Tensor,
+    sample_method: str,
 ) -> Tensor:
-    """The tree search of one row, over keys that are turned as they are read: int32 `(B, S, n)`."""
+    """The search of one row, over keys that are turned as they are read: int32 `(B, S, n)`."""
     batch, heads = query.shape[:2]
     kv_heads, size = key.shape[1], state.block_size_k
     origin = (first_real + state.num_sink_tokens).view(batch, 1, 1, 1)
@@ -356,8 +360,11 @@ def _choose(
         scores = (seeking @ keys.mT)[:, :, 0].masked_fill(hidden, torch.finfo(seeking.dtype).min)
         return reference.by_group(scores.unflatten(-1, (-1, len(within))).amax(-1), state.head_group_size)[:, :, None]
 
-    available = ((end - origin).clamp(min=0) + size - 1) // size
-    start, width = reference.tree(score, available.expand(-1, heads, 1, 1), state.nodes, state.rounds, "center", None)  # type: ignore[arg-type]
+    available = (((end - origin).clamp(min=0) + size - 1) // size).expand(-1, heads, 1, 1)
+    if sample_method == "oracle":
+        start, width = reference._scan(score, available, state.nodes)  # type: ignore[arg-type]
+    else:
+        start, width = reference.tree(score, available, state.nodes, state.rounds, sample_method, None)  # type: ignore[arg-type]
     chosen = torch.where(width > 0, start, key.shape[2]).sort(-1).values
     return torch.where(chosen < key.shape[2], chosen, -1)[:, :: state.head_group_size, 0].int()
 
