@@ -12,7 +12,7 @@ import operator
 import types
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -150,7 +150,7 @@ def shares(rows: int, outputs: Sequence[int], inputs: int) -> int:
     return tiles.shares if fits else 1
 
 
-def _launch(x: Tensor, weights: Sequence[Tensor], outputs: Sequence[Tensor], tiles: _Tiles | None) -> None:
+def _launch(x: Tensor, weights: list[Tensor], outputs: list[Tensor], tiles: _Tiles | None) -> None:
     """tiles None: `_one_row`, else `_few_rows`."""
     rows, k = x.numel() // x.shape[-1], x.shape[-1]
     spare = _TOGETHER - len(weights)
@@ -273,7 +273,7 @@ def _gate(graph: fx.Graph, linears: list[fx.Node]) -> bool:
 
 
 def _replace(graph: fx.Graph, linears: list[fx.Node]) -> None:
-    x = linears[0].args[0]  # as it is by now: it may have been replaced itself
+    x = cast(fx.Node, linears[0].args[0])  # as it is by now: it may have been replaced itself
     given = x.meta["example_value"]
     outputs = [node.meta["example_value"].shape[-1] for node in linears]
     cut = 1
