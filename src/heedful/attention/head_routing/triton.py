@@ -500,9 +500,9 @@ class _Config(NamedTuple):
 
 # By head size up to 64, 128 and 256, in half precision. Tiles of rows and keys, warps, stages.
 _TABLE = {
-    "forward": (_Config(128, 128, 8, 3), _Config(128, 128, 8, 3), _Config(64, 64, 4, 2)),
-    "query": (_Config(128, 64, 8, 3), _Config(128, 64, 8, 3), _Config(64, 32, 4, 2)),
-    "key": (_Config(64, 128, 8, 3), _Config(64, 128, 8, 3), _Config(32, 64, 4, 2)),
+    "forward": (_Config(128, 128, 8, 3), _Config(128, 128, 8, 3), _Config(128, 64, 8, 2)),
+    "query": (_Config(128, 64, 8, 3), _Config(128, 64, 8, 3), _Config(64, 32, 8, 2)),
+    "key": (_Config(64, 128, 8, 3), _Config(64, 128, 8, 3), _Config(32, 64, 8, 2)),
 }
 # Tiles of rows, columns and reduction, warps, stages.
 _PROJECT = {64: (128, 64, 64, 4, 4), 128: (128, 128, 64, 8, 4)}
