@@ -127,6 +127,33 @@ def test_sessions_belong_to_the_model_and_go_with_it():
     assert gone() is None
 
 
+def test_sessions_end_when_the_weights_they_captured_do():
+    model, given = setting()
+    heedful.generate(model, **given, **GREEDY)
+    (first,) = graph.sessions_of(model).values()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(-1.0)  # in place: a captured step sees it
+    assert torch.equal(heedful.generate(model, **given, **GREEDY).sequences, model.generate(**given, **GREEDY))
+    assert list(graph.sessions_of(model).values()) == [first]
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight)
+    heedful.generate(model, **given, **GREEDY)
+    (second,) = graph.sessions_of(model).values()
+    assert second is not first
+
+
+def test_sessions_know_which_adapters_are_on():
+    peft = pytest.importorskip("peft")
+    base, given = setting()
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with_adapter = model.generate(**given, **GREEDY)
+    assert torch.equal(heedful.generate(model, **given, **GREEDY).sequences, with_adapter)
+    (first,) = graph.sessions_of(base).values()
+    with model.disable_adapter():
+        heedful.generate(model, **given, **GREEDY)
+        (second,) = graph.sessions_of(base).values()
+    assert second is not first
+
+
 def test_trees_on_the_device_that_the_cache_has_no_room_for_are_drafted_on_the_host(monkeypatch):
     class Wide(Drafter):
         def propose(self, roots, committed):

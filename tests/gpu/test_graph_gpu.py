@@ -157,6 +157,14 @@ def test_a_long_run_does_not_grow():
     assert plain[2] - plain[1] < 2**20
 
 
+def test_new_weights_are_captured_anew():
+    model, given = setting()
+    heedful.generate(model, engine="graph", **given, **GREEDY)
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight)
+    result = heedful.generate(model, engine="graph", **given, **GREEDY)
+    assert torch.equal(result.sequences, model.generate(**given, **GREEDY))
+
+
 def test_memory_is_reported_and_released():
     model, given = setting()
     before = torch.cuda.memory_allocated()

@@ -61,6 +61,14 @@ class _Sessions(OrderedDict[tuple[Any, ...], "Session"]):
     """A model's sessions, least recently used first. They refer to the model, so a registry of all would keep it alive: they
     are an attribute of the model, which leaves its copies and its files without them."""
 
+    fixed: tuple[Any, ...] = ()
+
+    def still(self, fixed: tuple[Any, ...]) -> None:
+        """Drops all sessions if what captured steps have fixed is no longer as it was."""
+        if fixed != self.fixed:
+            self.clear()
+            self.fixed = fixed
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Sessions:
         return _Sessions()
 
@@ -122,6 +130,17 @@ def release_graphs(model: PreTrainedModel | None = None) -> None:
     for one in list(_models) if model is None else [model]:
         one.__dict__.pop(_ATTRIBUTE, None)
         _models.discard(one)
+
+
+def _fixed(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What a captured step has fixed of its model: where the weights lie, the mode, and the adapters (PEFT) that are on."""
+    tensors = tuple((id(x), x.data_ptr(), x.dtype) for x in (*model.parameters(), *model.buffers()))
+    adapters = tuple(
+        (id(m), tuple(m.active_adapters), bool(m.disable_adapters), bool(m.merged))  # type: ignore[arg-type]
+        for m in model.modules()
+        if hasattr(m, "active_adapters") and hasattr(m, "disable_adapters") and hasattr(m, "merged")
+    )
+    return tensors, adapters, model.training
 
 
 def _make_room(known: _Sessions, device: torch.device) -> None:
@@ -460,6 +479,7 @@ class GraphEngine(Engine):
         key = (self.batch, capacity, None if drafter is None else id(drafter), self.config.do_sample, sampler,
                compile, capture, self.model.dtype, model_device(self.model))  # fmt: skip
         known = sessions_of(self.model)
+        known.still(_fixed(self.model))
         if key in known:
             known.move_to_end(key)
         else:
