@@ -145,7 +145,8 @@ def main() -> None:
         "commit": git.stdout.strip() or "unknown",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    out = arguments.out or HERE.parent / "reproductions" / "results" / f"engine-{device.split()[-1].lower()}.json"
+    kind = next((x.lower() for x in device.split() if x[0] in "AHBL" and x[1:2].isdigit()), "gpu")
+    out = arguments.out or HERE.parent / "reproductions" / "results" / f"engine-{kind}.json"
 
     def note(name: str, value: float, unit: str = "tokens/s") -> None:
         figures[name] = round(value, 4)
