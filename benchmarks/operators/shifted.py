@@ -1,4 +1,4 @@
-"""Shifted sparse attention, forward and with the backward pass, beside dense causal attention; groups of a quarter of the row."""
+"""Shifted sparse attention beside dense causal attention, groups of a quarter of the row: `ms` is forward and backward."""
 
 from __future__ import annotations
 
@@ -64,39 +64,43 @@ def error_of_gradients(run: Any, inputs: list[Tensor], size: int) -> float:
 
 
 def measure(bench: Any) -> None:
-    for dim in (128, 64):
-        for length in (8192, 16384, 32768) if bench.quick else (8192, 16384, 32768, 65536, 131072):
-            if dim == 64 and length != 32768:
-                continue
-            size = length // 4
-            inputs = tensors(length, dim)
-            leaves = [x.detach().requires_grad_() for x in inputs[:3]]
-            contestants: dict[str, Any] = {
-                "heedful, SF-Attn": lambda q, k, v, size=size: shifted_sparse_attention(q, k, v, size, impl="triton"),
-                "heedful, S2-Attn": lambda q, k, v, size=size: shifted_sparse_attention(
-                    q, k, v, size, shift_ratio=0.5, num_sink_tokens=0, boundary="wrap", impl="triton"
-                ),
-                "SDPA, cuDNN": functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-                "SDPA, flash": functools.partial(sdpa, SDPBackend.FLASH_ATTENTION),
-            }
-            if length == 32768 and not bench.quick:
-                contestants["FlexAttention, the same mask"] = functools.partial(flex, flex_mask(length, size))
-            short = tensors(4096, dim)
-            for name, run in contestants.items():
-                try:
-                    error = None
-                    if name == "heedful, SF-Attn":  # at a length whose float64 definition fits
-                        error = error_of_gradients(lambda q, k, v: shifted_sparse_attention(q, k, v, 1024), short, 1024)
+    lengths = (8192, 32768) if bench.quick else (8192, 16384, 32768, 65536, 131072)
+    for dim, length in [*((128, length) for length in lengths), (64, 32768)]:
+        size = length // 4
+        contestants: dict[str, Any] = {
+            "heedful, SF-Attn": functools.partial(shifted_sparse_attention, group_size=size, impl="triton"),
+            "heedful, S2-Attn": functools.partial(
+                shifted_sparse_attention,
+                group_size=size,
+                shift_ratio=0.5,
+                num_sink_tokens=0,
+                boundary="wrap",
+                impl="triton",
+            ),
+        }
+        if length <= 65536:
+            contestants["SDPA, cuDNN"] = functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)
+            contestants["SDPA, flash"] = functools.partial(sdpa, SDPBackend.FLASH_ATTENTION)
+        for name, run in contestants.items():
+            compare(bench, name, run, dim, length)
+    if not bench.quick:
+        compare(bench, "FlexAttention, the same mask", functools.partial(flex, flex_mask(32768, 8192)), 128, 32768)
 
-                    def both(run: Any = run, leaves: Any = leaves, d_output: Tensor = inputs[3]) -> None:
-                        torch.autograd.grad(run(*leaves), leaves, d_output)
 
-                    with torch.no_grad():
-                        forward = bench.time(functools.partial(run, *inputs[:3]))
-                    ms = bench.time(both)
-                    bench.row(
-                        f"D={dim} T={length // 1024}k forward+backward", name, ms=ms, error=error, peak=bench.peak(both),
-                        length=length, forward_ms=forward, group=size,
-                    )  # fmt: skip
-                except (RuntimeError, torch.OutOfMemoryError) as problem:
-                    print(f"{name} at {length}: {str(problem)[:120]}")
+def compare(bench: Any, name: str, run: Any, dim: int, length: int) -> None:
+    query, key, value, d_output = tensors(length, dim)
+    leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+
+    def both() -> None:
+        torch.autograd.grad(run(*leaves), leaves, d_output)
+
+    error = None
+    if name == "heedful, SF-Attn":  # at a length whose definition in float64 takes no time
+        short = functools.partial(shifted_sparse_attention, group_size=1024, impl="triton")
+        error = error_of_gradients(short, tensors(4096, dim), 1024)
+    with torch.no_grad():
+        forward = bench.time(functools.partial(run, query, key, value))
+    bench.row(
+        f"D={dim} T={length // 1024}k", name, ms=bench.time(both), error=error, peak=bench.peak(both), length=length,
+        forward_ms=forward,
+    )  # fmt: skip

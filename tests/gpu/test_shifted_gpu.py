@@ -1,9 +1,12 @@
 """The kernels of shifted sparse attention on a CUDA device."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from heedful.attention import shifted_sparse_attention
+from heedful.attention.shifted import triton
 
 pytestmark = pytest.mark.gpu
 BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -27,25 +30,25 @@ def error(got, want):
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
+S2 = {"shift_ratio": 0.5, "num_sink_tokens": 0, "boundary": "wrap"}
+# Batch, KV heads, query heads of each, T, D, dtype, G, options, padded.
 CASES = {
-    "default": (2, 2, 4, 1500, 400, {}),
-    "odd": (1, 1, 5, 1001, 251, {"shift_ratio": 0.5, "num_sink_tokens": 1}),
-    "wrap": (2, 1, 2, 1100, 300, {"shift_ratio": 0.5, "num_sink_tokens": 0, "boundary": "wrap"}),
-    "small groups, many sinks": (1, 2, 1, 700, 40, {"shift_ratio": 1.0, "num_sink_tokens": 100, "boundary": "wrap"}),
-    "dense": (1, 2, 2, 600, 600, {}),
-}
+    "SF, D 128": (1, 2, 4, 1500, 128, torch.bfloat16, 400, {}, False),
+    "SF, D 128, padded": (2, 2, 4, 1300, 128, torch.bfloat16, 400, {}, True),
+    "S2, D 64, padded": (2, 1, 2, 1100, 64, torch.float16, 300, S2, True),
+    "odd, float32": (1, 1, 5, 701, 64, torch.float32, 251, {"shift_ratio": 0.5, "num_sink_tokens": 1}, False),
+    "many sinks, padded": (
+        2, 2, 1, 700, 64, torch.bfloat16, 40, {"shift_ratio": 1.0, "num_sink_tokens": 100, "boundary": "wrap"}, True,
+    ),
+    "dense, D 256": (1, 2, 2, 600, 256, torch.bfloat16, 600, {}, False),
+    "D 32": (1, 2, 2, 500, 32, torch.float16, 130, {}, False),
+    "D 16": (1, 2, 2, 500, 16, torch.bfloat16, 130, {}, False),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    ("dim", "dtype"),
-    [(128, torch.bfloat16), (64, torch.bfloat16), (64, torch.float16), (64, torch.float32), (256, torch.bfloat16)],
-)
-def test_error(dim, dtype, case, padded):
-    batch, kv_heads, groups, length, size, options = CASES[case]
-    inputs = tensors(batch, kv_heads, groups, length, dim, dtype)
-    mask = None
+def run(case, impl):
+    batch, kv_heads, groups, length, dim, dtype, size, options, padded = CASES[case]
+    inputs, mask = tensors(batch, kv_heads, groups, length, dim, dtype), None
     if padded:
         mask = torch.ones(batch, length, dtype=torch.bool, device="cuda")
         mask[0, :77] = False
@@ -53,34 +56,44 @@ def test_error(dim, dtype, case, padded):
         mask[-1, -100:] = False
         for x in inputs[:3]:
             x.masked_fill_(~mask[:, None, :, None], torch.nan)
-    got = with_gradients(*inputs, size, attention_mask=mask, impl="triton", **options)
-    wide = [x.double() for x in inputs]
-    want = with_gradients(*wide, size, attention_mask=mask, impl="reference", **options)
+    if impl == "reference":
+        inputs = [x.double() for x in inputs]
+    return with_gradients(*inputs, size, attention_mask=mask, impl=impl, **options)
+
+
+@pytest.fixture(scope="module")
+def computed():
+    """All cases by the kernels, which are compiled side by side."""
+    with ThreadPoolExecutor(len(CASES)) as threads:
+        return dict(zip(CASES, threads.map(lambda case: run(case, "triton"), CASES), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error(case, computed):
+    got, want = computed[case], run(case, "reference")
     errors = [error(a, b) for a, b in zip(got, want, strict=True)]
-    assert max(errors) < BOUNDS[dtype], errors
-
-
-@pytest.mark.parametrize("dim", [16, 32])
-def test_small_heads(dim):
-    inputs = tensors(1, 2, 2, 500, dim, torch.float16)
-    got = with_gradients(*inputs, 130, impl="triton")
-    want = with_gradients(*(x.double() for x in inputs), 130, impl="reference")
-    assert max(error(a, b) for a, b in zip(got, want, strict=True)) < BOUNDS[torch.float16]
+    assert max(errors) < BOUNDS[CASES[case][5]], errors
 
 
 def test_the_same_bits_in_every_run():
-    inputs = tensors(1, 2, 4, 3000, 128, torch.bfloat16)
-    first, second = (with_gradients(*inputs, 700, impl="triton") for _ in range(2))
+    first, second = (run("SF, D 128", "triton") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_compiles_whole_and_not_again_for_another_length():
     torch._dynamo.reset()
-    step = torch.compile(lambda q, k, v: shifted_sparse_attention(q, k, v, 300, impl="triton") * 2, fullgraph=True)
-    for length in (1000, 1400, 1700):
-        query, key, value, _ = tensors(1, 2, 2, length, 64, torch.bfloat16)
-        want = shifted_sparse_attention(query, key, value, 300, impl="triton") * 2
-        assert torch.equal(step(query, key, value), want)
+    step = torch.compile(lambda q, k, v: shifted_sparse_attention(q, k, v, 300, impl="triton").sin(), fullgraph=True)
+    kernels = None
+    for length in (1000, 1403, 1700):
+        *inputs, d_output = tensors(1, 2, 4, length, 128, torch.bfloat16)
+        leaves = [x.requires_grad_() for x in inputs]
+        got = torch.autograd.grad(step(*leaves), leaves, d_output)
+        want = torch.autograd.grad(shifted_sparse_attention(*leaves, 300, impl="triton").sin(), leaves, d_output)
+        for a, b in zip(got, want, strict=True):
+            assert error(a, b) < 1e-2
+        compiled = [len(kernel.device_caches[0][0]) for kernel in (triton._forward, triton._backward_key)]
+        assert kernels in (None, compiled)
+        kernels = compiled
 
 
 def test_offsets_past_two_to_the_31():
