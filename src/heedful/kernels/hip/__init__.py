@@ -236,10 +236,9 @@ class HiPAttention(Kernel):
         return call.original()
 
     def _stays_dense(self, call: AttentionCall) -> bool:
-        """Whether this layer never is sparse: one of the first, or one whose static cache ends at its own window."""
-        window = window_of(call)
-        full = window is not None and call.key.shape[2] >= window and self._is_static(call)
-        return call.layer < self.dense_layers or full
+        """Whether this layer never is sparse: one of the first, or one whose static cache rolls with its own window."""
+        rolls = window_of(call) is not None and call.visibility.slot is None
+        return call.layer < self.dense_layers or rolls
 
     def _dense_is_due(self, call: AttentionCall, total: int) -> bool:
         """Whether the model's own attention is asked for, or reads no more than this part would."""
