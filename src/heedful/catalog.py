@@ -73,6 +73,23 @@ METHODS = (
         status="experimental",
     ),
     Method(
+        slug="landmark",
+        title="Landmark Attention: Random-Access Infinite Context Length for Transformers",
+        authors="Amirkeivan Mohtashami, Martin Jaggi",
+        arxiv="2305.16300",
+        room="layers",
+        kind="layer",
+        entry_point="heedful.layers:convert_to_landmark",
+        also=(
+            "heedful.layers:load_landmark",
+            "heedful.layers:LandmarkCache",
+            "heedful.layers:LandmarkAttention",
+            "heedful.attention:landmark_attention",
+            "heedful.training:train_landmark",
+        ),
+        does="a token at the end of each block is the key to it: trained on short rows, a model reads the few blocks it needs of any context",
+    ),
+    Method(
         slug="longspec",
         title="LongSpec: Long-Context Lossless Speculative Decoding with Efficient Drafting and Verification",
         authors="Penghui Yang, Cunxiao Du, Fengzhuo Zhang, Haonan Wang, Tianyu Pang, Chao Du, Bo An",

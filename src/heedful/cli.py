@@ -482,6 +482,20 @@ def train_longspec(
            stage=stage)  # fmt: skip
 
 
+@train_app.command("landmark")
+def train_landmark(
+    data: DataOption, out: Annotated[Path, typer.Option(help="Folder for the tuned model.")], model: ModelOption = DEFAULT_MODEL,
+    steps: StepsOption = 1000, batch_size: BatchOption = 16,
+    length: Annotated[int, typer.Option(min=8, help="Positions of a row, landmarks counted.")] = 512,
+    lr: RateOption = 2e-4, seed: SeedOption = 0, resume: ResumeOption = True,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block, its landmark not counted.")] = 63,
+    top_k: Annotated[int, typer.Option(min=1, help="Blocks that a query reads at inference.")] = 4,
+) -> None:  # fmt: skip
+    """Turn a model into a landmark model: trained on short rows, it retrieves from contexts of any length."""
+    _train("landmark", model, data, out, steps=steps, batch_size=batch_size, length=length, lr=lr, seed=seed, resume=resume,
+           block_size=block_size, top_k=top_k)  # fmt: skip
+
+
 @train_app.command("moh")
 def train_moh(
     data: DataOption, out: Annotated[Path, typer.Option(help="Folder for the converted model.")], model: ModelOption = DEFAULT_MODEL,

@@ -17,6 +17,7 @@ _EXPORTS = {
     "MixtureOfHeads": "heedful.layers.moh",
     "convert_to_landmark": "heedful.layers.landmark",
     "convert_to_moh": "heedful.layers.moh",
+    "load_landmark": "heedful.layers.landmark",
 }
 
 __all__ = [  # noqa: F822 (names are looked up in _EXPORTS)
@@ -27,10 +28,11 @@ __all__ = [  # noqa: F822 (names are looked up in _EXPORTS)
     "MixtureOfHeads",
     "convert_to_landmark",
     "convert_to_moh",
+    "load_landmark",
 ]
 
 if TYPE_CHECKING:
-    from heedful.layers.landmark import LandmarkAttention, LandmarkCache, convert_to_landmark
+    from heedful.layers.landmark import LandmarkAttention, LandmarkCache, convert_to_landmark, load_landmark
     from heedful.layers.lightning import LightningAttention, LightningCacheLayer
     from heedful.layers.moh import MixtureOfHeads, convert_to_moh
 

@@ -8,6 +8,7 @@ sinklora.
 from heedful.training.drafting import train_drafter
 from heedful.training.evaluate import evaluate
 from heedful.training.hidden_transfer import train_hidden_transfer
+from heedful.training.landmark import train_landmark
 from heedful.training.longspec import train_longspec
 from heedful.training.medusa import self_distill, train_medusa
 from heedful.training.moh import train_moh
@@ -23,6 +24,7 @@ __all__ = [
     "self_distill",
     "train_drafter",
     "train_hidden_transfer",
+    "train_landmark",
     "train_longspec",
     "train_medusa",
     "train_moh",
