@@ -104,7 +104,7 @@ def decode_milliseconds(model: PreTrainedModel, past: int, steps: int = 60) -> f
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
         times = []
-        for step in range(steps):
+        for _ in range(steps):
             if device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
@@ -122,11 +122,15 @@ def slopes() -> dict[str, float]:
         lines: dict[str, list[tuple[int, float]]] = {}
         for row in json.loads(path.read_text())["rows"]:
             if row["length"] and row["length"] >= 8192 and "tokens" not in row["case"]:
-                lines.setdefault(f"{row['case'].split()[0]}, {row['contestant']}", []).append((row["length"], row["ms"]))
+                lines.setdefault(f"{row['case'].split()[0]}, {row['contestant']}", []).append(
+                    (row["length"], row["ms"])
+                )
         for name, points in lines.items():
             if len(points) > 1:
                 x, y = np.log(np.array(points, dtype=float)).T
-                figures[f"{path.stem.removeprefix('attention-lightning-')}: {name}"] = round(float(np.polyfit(x, y, 1)[0]), 2)
+                figures[f"{path.stem.removeprefix('attention-lightning-')}: {name}"] = round(
+                    float(np.polyfit(x, y, 1)[0]), 2
+                )
     return figures
 
 
@@ -179,7 +183,13 @@ def main() -> None:
         "lightning2",
         claim="Lightning attention trains to the loss of softmax attention at equal steps, keeps it at 8 times the trained "
         "length, and generates in constant time a token.",
-        figures={"steps": steps, "tokens_a_step": batch * LENGTH, **models, "accepted": held, "slope_of_time": slopes()},
+        figures={
+            "steps": steps,
+            "tokens_a_step": batch * LENGTH,
+            **models,
+            "accepted": held,
+            "slope_of_time": slopes(),
+        },
         reproduced=all(held.values()),
         seconds=time.perf_counter() - started,
         notes=f"{LAYERS} layers of width {WIDTH}, {steps} steps of AdamW at lr {arguments.lr}, old books, a BPE of "

@@ -1,5 +1,6 @@
 """Lightning attention against its quadratic definition; the Triton kernels under the interpreter."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -166,7 +167,7 @@ def test_packed_documents():
     got, states = lightning_attention(
         query, key, value, decay, initial_state=initial, cu_seqlens=torch.tensor(ends), output_final_state=True
     )
-    for number, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for number, (start, end) in enumerate(itertools.pairwise(ends)):
         alone, last = lightning_attention(
             *(x[:, :, start:end] for x in (query, key, value)), decay, initial_state=initial[number : number + 1],
             output_final_state=True,
@@ -203,7 +204,9 @@ def test_empty_and_strided_inputs():
     assert lightning_attention(*torch.randn(3, 0, 2, 5, 4), decay).shape == (0, 2, 5, 4)
     wide = torch.randn(1, 30, 2, 3, 4)
     views = [x.transpose(1, 2) for x in wide.unbind(3)]
-    assert error(lightning_attention(*views, decay), lightning_attention(*(x.contiguous() for x in views), decay)) < 1e-6
+    assert (
+        error(lightning_attention(*views, decay), lightning_attention(*(x.contiguous() for x in views), decay)) < 1e-6
+    )
 
 
 def test_alibi_slopes():
@@ -255,7 +258,10 @@ def test_compiles_whole():
     compiled = torch.compile(lightning_attention, fullgraph=True, backend="aot_eager")
     mask = torch.ones(1, 70, dtype=torch.bool)
     for options in ({}, {"attention_mask": mask, "output_final_state": True}):
-        got, want = compiled(query, key, value, decay, **options), lightning_attention(query, key, value, decay, **options)
+        got, want = (
+            compiled(query, key, value, decay, **options),
+            lightning_attention(query, key, value, decay, **options),
+        )
         torch.testing.assert_close(got, want)
 
 

@@ -52,7 +52,8 @@ def test_is_what_it_says():
     layer = LightningAttention(32, 4, num_kv_heads=2, layer=1, num_layers=3).double()
     x = torch.randn(2, 20, 32, dtype=torch.float64)
     q, k, v = (
-        torch.nn.functional.silu(p(x)).unflatten(-1, (-1, 8)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj)
+        torch.nn.functional.silu(p(x)).unflatten(-1, (-1, 8)).transpose(1, 2)
+        for p in (layer.q_proj, layer.k_proj, layer.v_proj)
     )
     o = lightning_attention(q, k, v, alibi_slopes(4, 1, 3), 1.0).transpose(1, 2).flatten(2)
     gate = torch.sigmoid(layer.gate[1](layer.gate[0](x)))
@@ -172,7 +173,9 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
     """
     runs = [
         subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(rank), str(tmp_path)], stderr=subprocess.PIPE, env=os.environ
+            [sys.executable, "-c", textwrap.dedent(code), str(rank), str(tmp_path)],
+            stderr=subprocess.PIPE,
+            env=os.environ,
         )
         for rank in range(2)
     ]
@@ -182,7 +185,13 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 
 
 def test_wrong_use_is_refused():
-    for arguments in ({"num_heads": 3}, {"num_kv_heads": 3}, {"decay": [1.0]}, {"decay": [-1.0] * 4}, {"norm": "batch"}):
+    for arguments in (
+        {"num_heads": 3},
+        {"num_kv_heads": 3},
+        {"decay": [1.0]},
+        {"decay": [-1.0] * 4},
+        {"norm": "batch"},
+    ):
         with pytest.raises(ValueError):
             LightningAttention(32, **({"num_heads": 4} | arguments))
     layer, cache = LightningAttention(32, 4), LightningCacheLayer()

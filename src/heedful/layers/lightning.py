@@ -255,7 +255,9 @@ class LightningAttention(nn.Module):
         """
         if cache is not None:
             if initial_state is not None or cu_seqlens is not None:
-                raise ValueError("cache holds the state of one sequence a row: give no initial_state or cu_seqlens with it")
+                raise ValueError(
+                    "cache holds the state of one sequence a row: give no initial_state or cu_seqlens with it"
+                )
             initial_state = cache.state
         query, key, value = (
             silu(projection(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -106,7 +106,7 @@ def lightning_attention(
         raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale must be positive, got {scale}")
-    batch, heads, length, dim = query.shape
+    dim = query.shape[3]
     scale = dim**-0.5 if scale is None else float(scale)
 
     with torch.autocast(device, enabled=False):  # sums and states stay float32
@@ -230,7 +230,12 @@ def _check(
         )
     if decay.requires_grad:
         raise ValueError("decay takes no gradient: give decay.detach(), or keep it in a buffer")
-    tensors = {"decay": decay, "initial_state": initial_state, "attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
+    tensors = {
+        "decay": decay,
+        "initial_state": initial_state,
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+    }
     for name, given in tensors.items():
         if given is not None and given.device != query.device:
             raise ValueError(f"{name} is on {given.device}, query on {query.device}: move it there")

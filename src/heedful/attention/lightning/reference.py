@@ -10,6 +10,8 @@ S is the state as of the last token of the chunk before. Exponents are differenc
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def lightning_attention(
     if cu_seqlens is not None:
         ends = cu_seqlens.tolist()
         outputs, states = [], []
-        for number, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        for number, (start, end) in enumerate(itertools.pairwise(ends)):
             document = (x[:, :, start:end] for x in (query, key, value))
             state = None if initial is None else initial[number : number + 1]
             output, state = _sequence(*document, decay, None, None, state, scale, chunk_size)
@@ -85,7 +87,7 @@ def _sequence(
         clock = at + 1
         if start is not None and end is not None:
             place = torch.arange(first, first + q.shape[-2], device=query.device) + 1
-            passed = (torch.minimum(place, end[:, None]) - torch.maximum(start, start.new_tensor(first))[:, None])
+            passed = torch.minimum(place, end[:, None]) - torch.maximum(start, start.new_tensor(first))[:, None]
             clock = passed.clamp(min=0).to(query.dtype)[:, None, None, :]
         total = clock[..., -1:]
         distance = clock[..., :, None] - clock[..., None, :]

@@ -95,7 +95,7 @@ def _segment_states(
     split = tl.program_id(0) % SPLITS
     head = tl.program_id(0) // SPLITS % HEADS
     segment = tl.program_id(0) // (SPLITS * HEADS)
-    sequence, index, row, start, count = _locate(bounds, table, segment, segments, length, MASKED, PACKED)
+    _, index, row, start, count = _locate(bounds, table, segment, segments, length, MASKED, PACKED)
     first = index * segment_length
     if first + segment_length >= count:
         return
@@ -543,9 +543,7 @@ def _forward(
     shape = (plan.sequences, heads, query.shape[3], columns) if want_final else (0,)
     final = torch.empty(shape, dtype=torch.float32, device=query.device)
     initial = None if initial is None else initial.contiguous()
-    _run(
-        query, key, value, output, mask, decay, plan, scale, initial=initial, final=final if want_final else None
-    )
+    _run(query, key, value, output, mask, decay, plan, scale, initial=initial, final=final if want_final else None)
     return output, final
 
 
@@ -717,7 +715,9 @@ def lightning_attention_backward_op(
 
 @lightning_attention_backward_op.register_fake
 def _(query, key, value, decay, mask, cu_seqlens, initial, d_output, d_final, scale):
-    d_initial = query.new_empty((0,), dtype=torch.float32) if initial is None else torch.empty_like(initial.contiguous())
+    d_initial = (
+        query.new_empty((0,), dtype=torch.float32) if initial is None else torch.empty_like(initial.contiguous())
+    )
     return (
         _like(query, query.shape[1], query.shape[3]),
         _like(key, key.shape[1], key.shape[3]),
@@ -759,10 +759,11 @@ def lightning_attention(
     wants_gradient = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, value, initial)
     )
-    if query.shape[2] == 1 and mask is None and cu_seqlens is None and not wants_gradient:
-        if not torch.compiler.is_compiling():  # a registered operator costs more than the kernel of one token
-            with _device(query):
-                return step(query, key, value, decay, initial, scale)
+    one_token = query.shape[2] == 1 and mask is None and cu_seqlens is None and not wants_gradient
+    # A registered operator costs more than the kernel of one token.
+    if one_token and not torch.compiler.is_compiling():
+        with _device(query):
+            return step(query, key, value, decay, initial, scale)
     return lightning_attention_op(query, key, value, decay, mask, cu_seqlens, initial, scale, want_final)
 
 
