@@ -68,7 +68,8 @@ def measure_length(bench: Bench, label: str, length: int) -> None:
         with torch.no_grad():
             took = bench.time(lambda: run(leaves, decay))  # noqa: B023
             peak = bench.peak(lambda: run(leaves, decay))  # noqa: B023
-            error = None if want is None else bench.error(turned(run(leaves, decay))[:, CHECKED], want[0])
+            output = turned(run(leaves, decay))
+            error = None if want is None else bench.error(output[:, CHECKED], want[0])
         ratio = took / first.setdefault("forward", took)
         bench.row(f"forward {label}", name, ms=took, error=error, peak=peak, length=length, over_ours=ratio)
         output = run(leaves, decay)
@@ -120,33 +121,19 @@ def measure_constant_tokens(bench: Bench) -> None:
         print(f"{name}: slowest over fastest {min(figures) / max(figures):.3f}")
 
 
-def measure_step(bench: Bench) -> None:
-    """One token of decoding."""
+def measure_step(bench: Bench, batch: int) -> None:
+    """One token of decoding, in a CUDA graph."""
     decay = alibi_slopes(HEADS).cuda()
-    for batch in (1, 16):
-        inputs = draw(batch, 1)[:3]
-        state = torch.randn(batch, HEADS, DIM, DIM, device="cuda")
-        reading = 2 * state.nbytes / 4.3e9
-
-        def step() -> Any:
-            return lightning_attention(*inputs, decay, 1.0, initial_state=state, output_final_state=True)  # noqa: B023
-
-        with torch.no_grad():
-            took = bench.time(step, graph=True)
-            bench.row(f"step, batch {batch}", "heedful lightning_attention", ms=took, ms_of_bytes=reading)
-            if chunk_simple_gla is not None:
-                turned = [x.transpose(1, 2).contiguous() for x in inputs]
-                took = bench.time(
-                    lambda: fused_recurrent_simple_gla(
-                        *turned,
-                        g_gamma=-decay,
-                        scale=1.0,
-                        initial_state=state,
-                        output_final_state=True,  # noqa: B023
-                    ),
-                    graph=True,
-                )
-                bench.row(f"step, batch {batch}", "flash-linear-attention", ms=took)
+    inputs = draw(batch, 1)[:3]
+    state = torch.randn(batch, HEADS, DIM, DIM, device="cuda")
+    options: dict[str, Any] = {"scale": 1.0, "initial_state": state, "output_final_state": True}
+    with torch.no_grad():
+        took = bench.time(lambda: lightning_attention(*inputs, decay, **options), graph=True)
+        bench.row(f"step, batch {batch}", "heedful lightning_attention", ms=took, state_mib=state.nbytes / 2**20)
+        if chunk_simple_gla is not None:
+            turned = [x.transpose(1, 2).contiguous() for x in inputs]
+            took = bench.time(lambda: fused_recurrent_simple_gla(*turned, g_gamma=-decay, **options), graph=True)
+            bench.row(f"step, batch {batch}", "flash-linear-attention", ms=took)
 
 
 def measure(bench: Bench) -> None:
@@ -155,4 +142,5 @@ def measure(bench: Bench) -> None:
         measure_length(bench, label, length)
         torch.cuda.empty_cache()
     measure_constant_tokens(bench)
-    measure_step(bench)
+    for batch in (1, 16):
+        measure_step(bench, batch)
