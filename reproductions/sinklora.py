@@ -36,6 +36,7 @@ from heedful.kernels import H2OAttention, H2OCache
 from heedful.training import extend_context, train_sinklora
 from heedful.training.drafting import PackedRows
 
+FACTOR = 4  # of the positions
 METHODS: dict[str, dict[str, Any]] = {
     "full attention": {"group_size_ratio": 1.0},
     "SF-Attn": {},
@@ -160,14 +161,14 @@ def main() -> None:
 
     # ---- the tuning
     table: dict[str, dict[str, Any]] = {}
-    found = {"untrained": losses(extend_context(fresh(), 4), test, contexts, last)}
+    found = {"untrained": losses(extend_context(fresh(), FACTOR), test, contexts, last)}
     table["original, positions not interpolated"] = figures(losses(fresh(), test, contexts, last))
     table["untrained, interpolated"] = figures(found["untrained"])
     for name in arguments.methods:
         model = fresh()
         with tempfile.TemporaryDirectory() as folder:
             train_sinklora(
-                model, tokenizer, rows, folder, length=length, steps=steps, batch_size=batch, micro_batch_size=batch // 2,
+                model, tokenizer, rows, folder, length=length, factor=FACTOR, steps=steps, batch_size=batch, micro_batch_size=batch // 2,
                 lr=arguments.lr, progress=False, checkpoint_every=10**9, **METHODS[name],
             )  # fmt: skip
             log = [json.loads(line) for line in (Path(folder) / "training" / "log.jsonl").read_text().splitlines()]

@@ -204,6 +204,17 @@ def test_scores_go_with_their_beams():
     assert torch.equal(cache.layers[0].scores, before[0]["scores"])
 
 
+def test_by_name_as_an_attention_implementation():
+    model = build("llama")
+    budgets = {"heavy_budget": 5, "recent_budget": 4}
+    expected = greedy(model, H2OCache(**budgets), H2OAttention(), **prompt())
+    heedful.register_attention("h2o", H2OAttention())
+    model.set_attn_implementation("h2o")
+    found = greedy(model, H2OCache(**budgets), **prompt())
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+    model.set_attn_implementation("sdpa")
+
+
 def test_prefill_in_blocks_is_the_prefill(monkeypatch):
     from heedful.kernels import h2o
 
