@@ -88,8 +88,17 @@ class LookupOnDevice(DeviceDrafter):
 
     parents = None
 
-    def __init__(self, batch: int, capacity: int, num_tokens: int, max_ngram_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        num_tokens: int,
+        max_ngram_size: int,
+        num_tokens_short: int,
+        device: torch.device,
+    ) -> None:
         self.num_nodes, self.max_depth, self.max_ngram_size = num_tokens + 1, num_tokens, max_ngram_size
+        self.num_tokens_short = num_tokens_short
         self.text = torch.full((batch, capacity + 1), -1, device=device)  # the last place takes what is not written
         self.length = torch.zeros(batch, dtype=torch.long, device=device)  # of the text, the root included
         self.chain = torch.arange(-1, num_tokens, device=device)
@@ -129,7 +138,9 @@ class LookupOnDevice(DeviceDrafter):
         best, at = score.max(dim=1)
         steps = torch.arange(1, self.num_nodes, device=ends.device)
         source = at[:, None] + steps
-        known = (best >= 0)[:, None] & (source <= ends[:, None])
+        whole = best >= self.max_ngram_size * text.shape[1]  # the longest n-gram matched
+        count = torch.where(whole, self.num_nodes - 1, self.num_tokens_short)
+        known = (best >= 0)[:, None] & (source <= ends[:, None]) & (steps <= count[:, None])
         tokens = text.gather(1, source.clamp(max=text.shape[1] - 1))
         roots = text.gather(1, ends[:, None])
         parents = torch.where(torch.cat([roots < -1, known], dim=1), self.chain, -1)
