@@ -168,7 +168,7 @@ def main() -> None:
         model = fresh()
         with tempfile.TemporaryDirectory() as folder:
             train_sinklora(
-                model, tokenizer, rows, folder, length=length, factor=FACTOR, steps=steps, batch_size=batch, micro_batch_size=batch // 2,
+                model, tokenizer, rows, folder, length=length, factor=FACTOR, steps=steps, batch_size=batch, micro_batch_size=1,
                 lr=arguments.lr, progress=False, checkpoint_every=10**9, **METHODS[name],
             )  # fmt: skip
             log = [json.loads(line) for line in (Path(folder) / "training" / "log.jsonl").read_text().splitlines()]
