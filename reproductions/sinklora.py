@@ -41,8 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "full attention": {"group_size_ratio": 1.0},
     "SF-Attn": {},
     "S2-Attn": {"shift_ratio": 0.5, "num_sink_tokens": 0, "boundary": "wrap"},
-    "S2-Attn, no wrap": {"shift_ratio": 0.5, "num_sink_tokens": 0},
     "groups, no shift, no sinks": {"shift_ratio": 0.0, "num_sink_tokens": 0},
+    "S2-Attn, no wrap": {"shift_ratio": 0.5, "num_sink_tokens": 0},
 }
 
 
@@ -117,12 +117,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=carry / "data")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin with no other attention after so many")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--out", type=Path, help="where to write the result instead of reproductions/results")
     arguments = parser.parse_args()
     started = time.perf_counter()
     quick, steps = arguments.quick, 2 if arguments.quick else arguments.steps
-    length, batch = (512, 2) if quick else (16384, 4)
+    length, batch = (512, 2) if quick else (16384, 2)
     contexts, last = [length // 4, length // 2, length], length // 8
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -130,7 +131,7 @@ def main() -> None:
     texts = books(arguments.data, "train-0", 300_000 if quick else 12_000_000)
     rows = PackedRows(texts, tokenizer, length, seed=0)
     held_out = books(arguments.data, "validation", 100_000 if quick else 10**9)
-    test = windows(tokenizer, held_out, length, 3)
+    test = windows(tokenizer, held_out, length, 2)
     print(f"{len(rows.stream)} tokens, {len(test)} held-out windows, {time.perf_counter() - started:.0f} s", flush=True)
 
     def fresh() -> Any:
@@ -165,6 +166,9 @@ def main() -> None:
     table["original, positions not interpolated"] = figures(losses(fresh(), test, contexts, last))
     table["untrained, interpolated"] = figures(found["untrained"])
     for name in arguments.methods:
+        if time.perf_counter() - started > arguments.seconds:
+            print(f"no time for {name}", flush=True)
+            continue
         model = fresh()
         with tempfile.TemporaryDirectory() as folder:
             train_sinklora(
@@ -184,14 +188,14 @@ def main() -> None:
 
     share = {name: line.get("recovered_share", 0.0) for name, line in table.items()}
     held: dict[str, bool] = {}
-    if len(arguments.methods) == len(METHODS):
+    if {"full attention", "SF-Attn", "S2-Attn"} <= set(table):
         full, heavy, latest = (line["nats_a_token"] for line in eviction.values())
         held = {
             "SF-Attn recovers at least as much as S2-Attn": share["SF-Attn"] >= share["S2-Attn"],
             "SF-Attn recovers at least 0.7": share["SF-Attn"] >= 0.7,
             "S2-Attn recovers clearly less (below 0.9 of SF-Attn)": share["S2-Attn"] < 0.9 * share["SF-Attn"],
             "a step of SF-Attn within 15 % of S2-Attn's": table["SF-Attn"]["seconds_a_step"]
-            <= 1.15 * table["S2-Attn, no wrap"]["seconds_a_step"],
+            <= 1.15 * table["S2-Attn"]["seconds_a_step"],
             "H2O within 5 % of the loss of all keys": heavy <= 1.05 * full,
             "H2O better than the latest keys alone": heavy < latest,
         }
