@@ -108,12 +108,37 @@ def prefill(bench: Any, length: int, before: dict[str, float]) -> None:
         del output
 
 
+def flex_attention(bench: Any, length: int) -> None:
+    """FlexAttention, compiled, with a dense causal mask: what a user of masks would run."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    scale = 3 * DIM**-0.5
+    query, key, value = (
+        drift(0.99, heads, length, DIM, seed) for seed, heads in enumerate((HEADS, KV_HEADS, KV_HEADS))
+    )
+    mask = create_block_mask(lambda b, h, q, kv: q >= kv, None, None, length, length, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    run = lambda: compiled(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)  # noqa: E731
+    error = distance(run(), dense(query, key, value, SDPBackend.FLASH_ATTENTION, scale))
+    bench.row(
+        f"prefill {length // 1024}k",
+        "FlexAttention, dense causal",
+        ms=bench.time(run),
+        error=error,
+        peak=bench.peak(run),
+        length=length,
+    )
+
+
 def decoding(bench: Any, length: int) -> None:
-    """Milliseconds a step: eight steps in one CUDA graph, the first of which chooses anew, or all of them."""
-    steps, scale = 8, DIM**-0.5
+    """Milliseconds a step: eight steps in one CUDA graph, the first of which chooses anew, or all of them.
+
+    "error" is the last step's distance to the reference with the same choice; `from_dense` that to dense attention.
+    """
+    steps, scale = 8, 3 * DIM**-0.5
     case = f"decode {length // 1024}k"
     key, value = (drift(0.99, KV_HEADS, length, DIM, seed) for seed in (1, 2))
-    query = drift(0.99, HEADS, steps, DIM, 0)
+    query = drift(0.99, HEADS, length, DIM, 0)[:, :, -steps:].clone()
     exact = dense(query[:, :, -1:], key, value, SDPBackend.FLASH_ATTENTION, scale, causal=False)
     fastest = float("inf")
     for name, backend in DENSE.items():
@@ -123,19 +148,20 @@ def decoding(bench: Any, length: int) -> None:
     state = HiPDecodeState(1, HEADS, length, device="cuda", **SIZES)
     lengths = torch.arange(length - steps + 1, length + 1, device="cuda")
 
+    def step(number: int, refresh_interval: int, impl: str) -> Tensor:
+        row, now = query[:, :, number : number + 1], lengths[number : number + 1]
+        return hip_decode(row, key, value, now, state, refresh_interval=refresh_interval, scale=scale, impl=impl)
+
     def run(refresh_interval: int) -> Tensor:
         state.chosen_at.fill_(-1)  # as the step of a refresh finds it
-        for step in range(steps):
-            row, now = query[:, :, step : step + 1], lengths[step : step + 1]
-            output = hip_decode(
-                row, key, value, now, state, refresh_interval=refresh_interval, scale=scale, impl="triton"
-            )
-        return output
+        return [step(number, refresh_interval, "triton") for number in range(steps)][-1]
 
     for interval, name in ((steps, "HiP, a choice for 8 steps"), (1, "HiP, a choice each step")):
-        error = bench.error(run(interval), exact)
+        output = run(interval)
+        error = bench.error(output, step(steps - 1, steps, "reference"))  # nothing is due: the choice is the same
         ms = bench.time(functools.partial(run, interval), graph=True) / steps
-        bench.row(case, name, ms=ms, error=error, length=length, speedup=fastest / ms)
+        from_dense = bench.error(output, exact)
+        bench.row(case, name, ms=ms, error=error, length=length, speedup=fastest / ms, from_dense=from_dense)
 
 
 def measure(bench: Any) -> None:
@@ -145,3 +171,4 @@ def measure(bench: Any) -> None:
     before: dict[str, float] = {}
     for length in (16384, 32768) if bench.quick else (4096, 8192, 16384, 32768, 65536, 131072):
         prefill(bench, length, before)
+    flex_attention(bench, 32768)

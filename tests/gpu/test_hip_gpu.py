@@ -222,27 +222,6 @@ def test_memory_is_linear_on_cuda():
         assert long < 65536**2 / 8  # a bit for each pair of one head would be 512 MiB
 
 
-def test_lengths_need_no_new_kernels():
-    from heedful.attention.hip import triton as kernels
-
-    def compiled(tokens):
-        query, key, value = (x.to("cuda", torch.bfloat16) for x in tensors(tokens, 64))
-        real = torch.ones(2, tokens, dtype=torch.bool, device="cuda")
-        for attention_mask in (None, real):
-            hip_attention(query, key, value, attention_mask=attention_mask, impl="triton", **SIZES)
-        hip_attention(query, key, value, stages=[(64, 4, 64, None), (64, 1, 8, 512)], top_k=128, impl="triton")
-        state = HiPDecodeState(2, 4, tokens, device="cuda", **SIZES)
-        lengths = torch.full((2,), tokens, device="cuda")
-        hip_decode(query[:, :, -1:], key, value, lengths, state, refresh_interval=8)
-        names = ("_choose", "_attend", "_scan", "_keep", "_decode", "_merge")
-        return {name: len(getattr(kernels, name).device_caches[0][0]) for name in names}
-
-    first = compiled(1024)
-    assert all(first.values())
-    for tokens in (1025, 2000, 3072):
-        assert compiled(tokens) == first
-
-
 def test_compiles_as_a_whole():
     inputs = [x.to("cuda", torch.bfloat16) for x in tensors(1000)]
     torch._dynamo.reset()
@@ -277,3 +256,24 @@ def test_generate_on_cuda(cache):
     with attach(model, part):
         on_cpu = model.generate(ids.cpu(), do_sample=False, max_new_tokens=8, **options)
     assert torch.equal(on_cuda.cpu(), on_cpu)
+
+
+def test_lengths_need_no_new_kernels():
+    from heedful.attention.hip import triton as kernels
+
+    def compiled(tokens):
+        query, key, value = (x.to("cuda", torch.bfloat16) for x in tensors(tokens, 64))
+        real = torch.ones(2, tokens, dtype=torch.bool, device="cuda")
+        for attention_mask in (None, real):
+            hip_attention(query, key, value, attention_mask=attention_mask, impl="triton", **SIZES)
+        hip_attention(query, key, value, stages=[(64, 4, 64, None), (64, 1, 8, 512)], top_k=128, impl="triton")
+        state = HiPDecodeState(2, 4, tokens, device="cuda", **SIZES)
+        lengths = torch.full((2,), tokens, device="cuda")
+        hip_decode(query[:, :, -1:], key, value, lengths, state, refresh_interval=8)
+        names = ("_choose", "_attend", "_scan", "_keep", "_decode", "_merge")
+        return {name: len(getattr(kernels, name).device_caches[0][0]) for name in names}
+
+    first = compiled(1024)
+    assert all(first.values())
+    for tokens in (1025, 2000, 3072):
+        assert compiled(tokens) == first

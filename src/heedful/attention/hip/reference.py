@@ -15,7 +15,7 @@ from torch import Tensor
 from heedful.attention.hip.mask import NOWHERE, HiPMask, Layout, Stage, layout, only_real
 
 # Elements of the largest temporary of one chunk of query blocks: near the size of a CPU's cache; enough to fill a GPU.
-_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 1 << 22, 1 << 26
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 1 << 22, 1 << 25
 
 
 # Both entry points plan their chunks in Python: compiling them would compile anew for every length.

@@ -784,14 +784,14 @@ def _choose_config(dim: int, dtype: torch.dtype, samples: int, decode: bool) -> 
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
         return _Config(32, 4, 1)
     if decode:  # few programs: each needs much in flight
-        return _Config(128 if dim <= 128 else 64, 8, 3)
+        return _Config(256 if dim <= 128 else 128, 8, 2)
     return _Config(128 if dim <= 128 and samples <= 32 else 64, 4, 2)
 
 
 def _attend_config(dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:
         return _Config(32 if INTERPRETED else 16, 4, 1)
-    return _Config(32, 4, 3, 128) if dim <= 128 else _Config(32, 8, 2)
+    return _Config(32, 4, 2, 128) if dim <= 128 else _Config(32, 8, 2)
 
 
 def _decode_config(dim: int, dtype: torch.dtype) -> _Config:
