@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from heedful.attention import dispatch_heads, routed_attention, routed_output, routed_projection
+from heedful.attention import choose_heads, dispatch_heads, routed_attention, routed_output, routed_projection
 from heedful.attention.head_routing import reference
 
 
@@ -76,6 +76,16 @@ def test_dispatch_lists_each_heads_tokens_in_order():
         tokens = active[..., head].flatten().nonzero().squeeze(1)
         assert rows[head, : len(tokens)].tolist() == tokens.tolist()
         assert before[head].tolist() == [0, *active[..., head].flatten().cumsum(0).tolist()]
+
+
+def test_choice_of_heads():
+    scores = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(choose_heads(scores, 3).nonzero()[:, 2].view(3, 4, 3), scores.topk(3).indices.sort().values)
+    assert choose_heads(torch.tensor([1.0, 2, 2, 2, 0]), 2).int().tolist() == [0, 1, 1, 0, 0]  # ties: the lower index
+    assert choose_heads(scores, 0).sum() == 0
+    assert choose_heads(scores, 7).all()
+    with pytest.raises(ValueError, match="k must be"):
+        choose_heads(scores, 8)
 
 
 def test_gradcheck_in_chunks(monkeypatch):
@@ -244,6 +254,18 @@ def test_kernels_under_the_interpreter():
             results.append((y, *torch.autograd.grad((y * torch.arange(16.0)).sum(), leaves)))
         for a, b in zip(*results):
             close(a, b.double(), 1e-5)
+        dispatch = dispatch_heads(active)
+        rows, before = kernels.dispatch_heads_op(active)
+        assert torch.equal(before, dispatch.before)
+        for head, count in enumerate(before[:, -1].tolist()):
+            assert torch.equal(rows[head, :count], dispatch.rows[head, :count])
+        scores = torch.randint(5, (2, 40, 7), generator=generator).float()  # many ties
+        scores[0, 3, 2] = torch.nan
+        for k in (0, 1, 3, 7):
+            order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+            assert torch.equal(kernels.choose_heads_op(scores, k), torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True))
+        torch.library.opcheck(kernels.dispatch_heads_op, (active,), test_utils=("test_schema",))
+        torch.library.opcheck(kernels.choose_heads_op, (scores, 3), test_utils=("test_schema", "test_faketensor"))
         heads, weight = torch.randn(2, 40, 3, 16), torch.randn(3, 16, 24)
         heads[~active] = torch.nan
         results = []

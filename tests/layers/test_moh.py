@@ -16,9 +16,10 @@ from tiny_models import build
 from torch.nn import functional
 
 import heedful
+from heedful.attention import choose_heads
 from heedful.layers import MixtureOfHeads, convert_to_moh
 from heedful.layers.moh import balance_loss
-from heedful.layers.moh.routing import choose, load_balance, norm_routing
+from heedful.layers.moh.routing import load_balance, norm_routing
 
 
 def layer_of(dim=24, heads=6, shared=2, top_k=2, seed=0, **options):
@@ -102,13 +103,15 @@ def test_modules_and_layers_without_routed_heads():
 def test_balance_loss():
     generator = torch.Generator().manual_seed(0)
     p = torch.randn(4, 500, 4, generator=generator).softmax(-1)
-    assert float(load_balance(p, choose(p, 2))) == pytest.approx(2, abs=0.05)
+    assert float(load_balance(p, choose_heads(p, 2))) == pytest.approx(2, abs=0.05)
     fixed = torch.tensor([0.5, 0.5, 0, 0]).expand(4, 500, 4)  # collapsed onto two heads
-    assert float(load_balance(fixed, choose(fixed, 2))) == pytest.approx(4)
+    assert float(load_balance(fixed, choose_heads(fixed, 2))) == pytest.approx(4)
     mask = torch.arange(500) < torch.tensor([500, 200, 3, 1])[:, None]
     dirty = torch.where(mask[..., None], p, torch.nan)
     real = p[mask][None]
-    assert torch.allclose(load_balance(dirty, choose(dirty, 2), mask), load_balance(real, choose(real, 2)), atol=1e-5)
+    assert torch.allclose(
+        load_balance(dirty, choose_heads(dirty, 2), mask), load_balance(real, choose_heads(real, 2)), atol=1e-5
+    )
 
 
 def test_gradients():

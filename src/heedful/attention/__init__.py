@@ -14,6 +14,7 @@ _EXPORTS = {
     "HiPMask": "heedful.attention.hip",
     "alibi_slopes": "heedful.attention.lightning",
     "by_document": "heedful.attention.documents",
+    "choose_heads": "heedful.attention.head_routing",
     "dispatch_heads": "heedful.attention.head_routing",
     "hip_attention": "heedful.attention.hip",
     "landmark_attention": "heedful.attention.landmark",
@@ -26,10 +27,11 @@ _EXPORTS = {
     "tree_attention": "heedful.attention.tree",
 }
 
-__all__ = [  # noqa: F822 (names are looked up in _EXPORTS)
+__all__ = [
     "HiPMask",
     "alibi_slopes",
     "by_document",
+    "choose_heads",
     "dispatch_heads",
     "hip_attention",
     "landmark_attention",
@@ -44,7 +46,13 @@ __all__ = [  # noqa: F822 (names are looked up in _EXPORTS)
 
 if TYPE_CHECKING:
     from heedful.attention.documents import by_document
-    from heedful.attention.head_routing import dispatch_heads, routed_attention, routed_output, routed_projection
+    from heedful.attention.head_routing import (
+        choose_heads,
+        dispatch_heads,
+        routed_attention,
+        routed_output,
+        routed_projection,
+    )
     from heedful.attention.hip import HiPMask, hip_attention
     from heedful.attention.landmark import landmark_attention
     from heedful.attention.lightning import alibi_slopes, lightning_attention

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from heedful.attention.head_routing import reference
 
-__all__ = ["HeadDispatch", "dispatch_heads", "routed_attention", "routed_output", "routed_projection"]
+__all__ = ["HeadDispatch", "choose_heads", "dispatch_heads", "routed_attention", "routed_output", "routed_projection"]
 
 _IMPLEMENTATIONS = ("auto", "reference", "triton")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: a traced call must not look
@@ -43,6 +43,10 @@ def dispatch_heads(active: Tensor) -> HeadDispatch:
     """
     if active.dtype != torch.bool or active.ndim != 3:
         raise ValueError(f"active must be bool (B, T, H), got {active.dtype} of shape {tuple(active.shape)}")
+    if active.is_cuda and _HAS_TRITON and active.numel():
+        from heedful.attention.head_routing import triton
+
+        return HeadDispatch(active, *triton.dispatch_heads_op(active))
     chosen = active.flatten(0, 1).T
     heads, tokens = chosen.shape
     before = torch.zeros(heads, tokens + 1, dtype=torch.int32, device=active.device)
@@ -52,6 +56,45 @@ def dispatch_heads(active: Tensor) -> HeadDispatch:
     token = torch.arange(tokens, dtype=torch.int32, device=active.device).expand(heads, tokens)
     rows = torch.zeros(heads, tokens + 1, dtype=torch.int32, device=active.device).scatter(1, place, token)
     return HeadDispatch(active, rows[:, :tokens].contiguous(), before)
+
+
+def choose_heads(scores: Tensor, k: int) -> Tensor:
+    """The k heads of the highest scores of each token; of equal scores the lower index.
+
+    Example:
+        >>> import torch
+        >>> from heedful.attention import choose_heads
+        >>> choose_heads(torch.tensor([0.2, 0.5, 0.5, 0.1]), 1)
+        tensor([False,  True, False, False])
+
+    Args:
+        scores: `(..., E)`, floating-point. Not differentiable: a choice is a constant.
+        k: 0 to E.
+
+    Returns:
+        bool `(..., E)`, k True in a row. A NaN counts as the highest.
+
+    Raises:
+        ValueError: If k is not 0 to E.
+
+    Cost:
+        One kernel on a GPU, for float32; a stable sort elsewhere.
+
+    When not to use:
+        For more than a few hundred candidates: `torch.topk`, whose choice among equal scores is not defined.
+
+    Paper:
+        "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842.
+    """
+    if not 0 <= k <= scores.shape[-1]:
+        raise ValueError(f"k must be 0 to the {scores.shape[-1]} heads, got {k}")
+    scores = scores.detach()
+    if scores.is_cuda and _HAS_TRITON and scores.dtype == torch.float32 and scores.numel():
+        from heedful.attention.head_routing import triton
+
+        return triton.choose_heads_op(scores, k)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
 
 
 def routed_attention(

@@ -185,7 +185,9 @@ def _forward(
     for start in tl.range(whole, end, BLOCK_N, num_stages=2):
         k = _load(key, batch, kv_head, start, BLOCK_N, D)
         v = _load(value, batch, kv_head, start, BLOCK_N, D)
-        _inside, seen = _seen(start + tl.arange(0, BLOCK_N), position, real, mask, keys, window, CAUSAL, HAS_MASK, HAS_WINDOW)
+        _inside, seen = _seen(
+            start + tl.arange(0, BLOCK_N), position, real, mask, keys, window, CAUSAL, HAS_MASK, HAS_WINDOW
+        )
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
         if AGAIN:
             bad = tl.max(_non_finite(v), 1)
@@ -487,6 +489,33 @@ def _combine(parts, used, output, slots, C: tl.constexpr, BLOCK_C: tl.constexpr)
     tl.store(output + token * C + column, acc.to(output.dtype.element_ty), mask=column < C)
 
 
+@triton.jit(do_not_specialize=["tokens", "k"])
+def _choose(scores, chosen, tokens, k, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The k highest of E scores of each token, of equal ones the lower index: those that fewer than k others beat."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    head = tl.arange(0, BLOCK_E)
+    real = token < tokens
+    inside = real[:, None] & (head < E)[None, :]
+    score = tl.load(scores + token[:, None] * E + head[None, :], mask=inside, other=float("-inf"))
+    score = tl.where(score != score, float("inf"), score)  # a NaN comes first, as in a descending sort
+    beaten = tl.zeros((BLOCK_T, BLOCK_E), tl.int32)
+    for other in range(E):
+        rival = tl.load(scores + token * E + other, mask=real, other=float("-inf"))
+        rival = tl.where(rival != rival, float("inf"), rival)
+        beaten += ((rival[:, None] > score) | ((rival[:, None] == score) & (other < head)[None, :])).to(tl.int32)
+    tl.store(chosen + token[:, None] * E + head[None, :], beaten < k, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _list(active, before, rows, tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes each chosen token to its place in the head's list."""
+    head = tl.program_id(1)
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    chosen = tl.load(active + token.to(tl.int64) * HEADS + head, mask=token < tokens, other=0) != 0
+    place = tl.load(before + head.to(tl.int64) * (tokens + 1) + token, mask=chosen, other=0)
+    tl.store(rows + head.to(tl.int64) * tokens + place, token, mask=chosen)
+
+
 INTERPRETED = not isinstance(_forward, triton.JITFunction)
 DIMS = (16, 32, 64, 128, 256)
 
@@ -500,9 +529,9 @@ class _Config(NamedTuple):
 
 # By head size up to 64, 128 and 256, in half precision. Tiles of rows and keys, warps, stages.
 _TABLE = {
-    "forward": (_Config(128, 128, 8, 3), _Config(128, 128, 8, 3), _Config(128, 64, 8, 2)),
-    "query": (_Config(128, 64, 8, 3), _Config(128, 64, 8, 3), _Config(64, 32, 8, 2)),
-    "key": (_Config(64, 128, 8, 3), _Config(64, 128, 8, 3), _Config(32, 64, 8, 2)),
+    "forward": (_Config(64, 128, 4, 3), _Config(64, 64, 4, 3), _Config(128, 64, 8, 2)),
+    "query": (_Config(64, 64, 4, 3), _Config(128, 64, 8, 3), _Config(64, 32, 8, 2)),
+    "key": (_Config(128, 64, 4, 2), _Config(64, 64, 4, 2), _Config(32, 64, 8, 2)),
 }
 # Tiles of rows, columns and reduction, warps, stages.
 _PROJECT = {64: (128, 64, 64, 4, 4), 128: (128, 128, 64, 8, 4)}
@@ -535,6 +564,51 @@ def _blocks(x: Tensor, size: int) -> TensorDescriptor:
 
 def _bytes(mask: Tensor | None, other: Tensor) -> Tensor:
     return other if mask is None else mask.contiguous().view(torch.uint8)
+
+
+@torch.library.custom_op("heedful::choose_heads", mutates_args=())
+def choose_heads_op(scores: Tensor, k: int) -> Tensor:
+    scores = scores.contiguous()
+    chosen = torch.empty_like(scores, dtype=torch.bool)
+    heads = scores.shape[-1]
+    tokens = scores.numel() // heads
+    block = max(1, 1024 // triton.next_power_of_2(heads))
+    _choose[(triton.cdiv(tokens, block),)](
+        scores,
+        chosen.view(torch.uint8),
+        tokens,
+        k,
+        E=heads,
+        BLOCK_E=triton.next_power_of_2(heads),
+        BLOCK_T=block,
+        num_warps=4,
+    )
+    return chosen
+
+
+@choose_heads_op.register_fake
+def _(scores, k):
+    return torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("heedful::dispatch_heads", mutates_args=())
+def dispatch_heads_op(active: Tensor) -> tuple[Tensor, Tensor]:
+    """`rows` and `before` of a HeadDispatch."""
+    flat = active.flatten(0, 1).contiguous()
+    tokens, heads = flat.shape
+    before = torch.nn.functional.pad(flat.T.cumsum(1, dtype=torch.int32), (1, 0))
+    rows = torch.empty(heads, tokens, dtype=torch.int32, device=active.device)
+    _list[(triton.cdiv(tokens, 512), heads)](
+        flat.view(torch.uint8), before, rows, tokens, HEADS=heads, BLOCK=512, num_warps=4
+    )
+    return rows, before
+
+
+@dispatch_heads_op.register_fake
+def _(active):
+    batch, length, heads = active.shape
+    rows = active.new_empty((heads, batch * length), dtype=torch.int32)
+    return rows, active.new_empty((heads, batch * length + 1), dtype=torch.int32)
 
 
 @torch.library.custom_op("heedful::routed_attention", mutates_args=())

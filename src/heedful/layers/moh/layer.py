@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from heedful.attention import dispatch_heads, routed_attention, routed_output, routed_projection
-from heedful.layers.moh.routing import choose, load_balance
+from heedful.attention import choose_heads, dispatch_heads, routed_attention, routed_output, routed_projection
+from heedful.layers.moh.routing import load_balance
 
 # Tokens of a batch, and of a row, from which on skipping is faster than computing all heads, on an H200.
 SKIP_FROM = 4096
@@ -145,7 +145,7 @@ class MixtureOfHeads(nn.Module):
             raise ValueError(
                 f"attention_mask must be bool (B, T) = {tuple(x.shape[:2])}, got {attention_mask.dtype} of shape {tuple(attention_mask.shape)}"
             )
-        gates, loss = self._gates(x, attention_mask)
+        gates, loss = self._gates(x, attention_mask, return_routing)
         key = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         value = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         key = key if rotary is None else _rotate(key, rotary)
@@ -157,8 +157,8 @@ class MixtureOfHeads(nn.Module):
             y = self.o_proj(_weighted(self._attend(query, key, value, attention_mask), gates).flatten(2))
         return (y, (gates, loss)) if return_routing else y
 
-    def _gates(self, x: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gates `(B, T, H)` and the balance loss, in float32 whatever the layer computes in."""
+    def _gates(self, x: Tensor, attention_mask: Tensor | None, with_loss: bool) -> tuple[Tensor, Tensor]:
+        """Gates `(B, T, H)` and, if asked for, the balance loss, in float32 whatever the layer computes in."""
         shared, k = self.num_shared_heads, self.top_k_heads
         with torch.autocast(x.device.type, enabled=False):
             routers = [r for r in (self.router, self.shared_router, self.kind_router) if r is not None]
@@ -174,10 +174,11 @@ class MixtureOfHeads(nn.Module):
             loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
             if self.router is not None:
                 p = softmax[self.router]
-                chosen = choose(p.detach(), k)
+                chosen = choose_heads(p, k)
                 kept = torch.where(chosen, p, 0)
                 pieces.append(k * kept / kept.sum(-1, keepdim=True).clamp(min=torch.finfo(p.dtype).eps))
-                loss = load_balance(p, chosen, attention_mask)
+                if with_loss:
+                    loss = load_balance(p, chosen, attention_mask)
             if self.kind_router is not None:
                 kinds = 2 * softmax[self.kind_router]
                 pieces = [pieces[0] * kinds[..., :1], pieces[1] * kinds[..., 1:]]

@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def choose(scores: Tensor, count: int) -> Tensor:
-    """bool `(..., E)`: the `count` highest scores of each token; of equal ones the lower index."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, True)
+from heedful.attention import choose_heads
 
 
 def load_balance(probabilities: Tensor, chosen: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -56,6 +52,6 @@ def norm_routing(query: Tensor, shared: int, active: int) -> tuple[Tensor, Tenso
     """
     scores = norm_scores(query[:, shared:])
     # By the norms themselves would be the same order: one positive factor a token.
-    chosen = choose(scores, active - shared)
+    chosen = choose_heads(scores, active - shared)
     always = chosen.new_ones(*chosen.shape[:2], shared)
     return torch.cat([always, chosen], -1), scores.softmax(-1)
