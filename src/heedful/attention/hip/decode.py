@@ -188,7 +188,8 @@ def hip_decode(
 
     Cost:
         Reads about `top_k + sliding_window + num_sink_tokens` keys and values a head; a refresh reads
-        `2 * top_k * ceil(log2(length / top_k))` keys more.
+        `2 * top_k * ceil(log2(length / top_k))` keys more (a `block_stride_k`-th of them). The search of a head runs on
+        one multiprocessor, so a refresh at batch 1 takes longer than the bytes alone would.
 
     When not to use:
         At some thousand tokens, where dense decoding costs as little. For several new tokens a row use `hip_attention`.
