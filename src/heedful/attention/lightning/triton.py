@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -287,7 +288,7 @@ def _outputs(
 
     distance = at[:, None] - at[None, :]
     within = tl.where(distance >= 0, tl.exp2(-rate * tl.maximum(distance, 0)), 0.0)
-    from_state = tl.exp2(-rate * ahead)[:, None]
+    from_state = tl.exp2(-rate * ahead)[:, None] * scale
     for begin in range(first, last, BLOCK_T):
         rows = tl.minimum(last - begin, BLOCK_T)
         inside = (at < rows)[:, None]
@@ -300,14 +301,15 @@ def _outputs(
         k = tl.load(key + key_offset, mask=real if D == BLOCK_D else real & (dims < D)[None, :], other=0.0)
         v = tl.load(value + value_offset, mask=real if E % BLOCK_E == 0 else real & (columns < E)[None, :], other=0.0)
         if q.dtype == tl.float16:  # a state of many tokens may be beyond float16
-            acc = tl.dot(q.to(tl.float32), state, input_precision="tf32")
+            before = tl.dot(q.to(tl.float32), state, input_precision="tf32")
         else:
-            acc = tl.dot(q, state.to(q.dtype), input_precision=PRECISION)
+            before = tl.dot(q, state.to(q.dtype), input_precision=PRECISION)
         weights = tl.dot(q, tl.trans(k), input_precision=PRECISION) * within
-        acc = tl.dot(weights.to(v.dtype), v, acc * from_state, input_precision=PRECISION)
+        # Not accumulated onto `before`: a chain of products would be laid out for half of the warps.
+        within_tile = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         tl.store(
             output + output_offset,
-            (acc * scale).to(output.dtype.element_ty),
+            (within_tile * scale + before * from_state).to(output.dtype.element_ty),
             mask=inside if E % BLOCK_E == 0 else inside & (columns < E)[None, :],
         )
         # The state moves on by the rows there are, not by the tile: it stays that of the last token.
@@ -343,11 +345,13 @@ def _config(dim: int, columns: int, dtype: torch.dtype) -> tuple[_Config, _Confi
     if INTERPRETED:
         return _Config(32, block_e, 4, 1), _Config(32, block_e, 4, 1)
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
-        narrow = _Config(32, min(block_e, 32), 4, 2)
+        narrow = _Config(16, 16, 8, 1) if dim > 128 else _Config(32, min(block_e, 32), 8, 1)
         return narrow, narrow
     if dim > 128:
         return _Config(64, min(block_e, 64), 8, 2), _Config(64, min(block_e, 64), 8, 2)
-    return _Config(64, min(block_e, 128), 8, 3), _Config(64, min(block_e, 128), 8, 3)
+    if block_e <= 64:
+        return _Config(64, block_e, 4, 3), _Config(64, block_e, 4, 2)
+    return _Config(64, 64, 4, 4), _Config(64, 128, 8, 3)
 
 
 @functools.cache
@@ -357,14 +361,21 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _segment_length(lanes: int, tokens: int, device: torch.device) -> int:
-    """Tokens of a segment. Long segments have few states to write and to read, short ones keep the device busy."""
+def _segment_length(lanes: int, tokens: int, slots: int) -> int:
+    """Tokens of a segment, for `lanes` sequences and heads on a device that runs `slots` programs at a time.
+
+    Long segments have few states to write and read, and the past of most heads decays to zero within one, so that little is
+    read twice. The longest that fill the slots in whole rounds, if any do.
+    """
     if INTERPRETED:
         return 64
-    size = 8192
-    while size > 256 and lanes * -(-tokens // size) < 6 * _multiprocessors(device):
-        size //= 2
-    return size
+    best, fill = 32768, 0.0
+    for size in (32768, 16384, 8192, 4096, 2048, 1024):
+        rounds = lanes * -(-tokens // size) / slots
+        filled = rounds / math.ceil(rounds)
+        if filled > fill + 0.1:
+            best, fill = size, filled
+    return best
 
 
 class _Plan(NamedTuple):
@@ -379,9 +390,18 @@ class _Plan(NamedTuple):
     firsts: Tensor | None  # int32 (sequences,): a sequence's first segment
 
 
-def _plan(query: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, segment_length: int | None = None) -> _Plan:
+def _plan(
+    query: Tensor,
+    columns: int,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    segment_length: int | None = None,
+) -> _Plan:
     batch, heads, length = query.shape[:3]
-    size = segment_length or _segment_length(batch * heads, length, query.device)
+    main = _config(query.shape[3], columns, query.dtype)[1]
+    slots = _multiprocessors(query.device) * (8 // main.num_warps)
+    lanes = batch * heads * -(-columns // main.block_e)
+    size = segment_length or _segment_length(lanes, length, slots)
     segments = -(-length // size)
     if cu_seqlens is not None:
         sequences = cu_seqlens.shape[0] - 1
@@ -536,7 +556,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     query, key, value = _contiguous_rows(query, key, value)
     heads, columns = query.shape[1], value.shape[3]
-    plan = _plan(query, mask, cu_seqlens)
+    plan = _plan(query, columns, mask, cu_seqlens)
     output = _like(query, heads, columns)
     if plan.bounds is not None:
         output.zero_()  # what is in no sequence
@@ -562,7 +582,7 @@ def _backward(
     query, key, value, d_output = _contiguous_rows(query, key, value, d_output)
     heads, kv_heads = query.shape[1], key.shape[1]
     dim, columns = query.shape[3], value.shape[3]
-    plan = _plan(query, mask, cu_seqlens)
+    plan = _plan(query, columns, mask, cu_seqlens)
     # Each query head's share of a shared key's gradient, summed in float32.
     wide = torch.float32 if heads != kv_heads else None
     d_query = _like(query, heads, dim)
