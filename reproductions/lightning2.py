@@ -98,7 +98,7 @@ def held_out(model: PreTrainedModel, text: Tensor, length: int) -> float:
 
 @torch.no_grad()
 def decode_milliseconds(model: PreTrainedModel, past: int, steps: int = 60) -> float:
-    """The median time of a generated token behind `past` tokens, batch 1."""
+    """The shortest time of a generated token behind `past` tokens, batch 1."""
     device = next(model.parameters()).device
     ids = torch.randint(model.config.vocab_size, (1, past), device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -112,7 +112,7 @@ def decode_milliseconds(model: PreTrainedModel, past: int, steps: int = 60) -> f
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-    return 1000 * sorted(times)[steps // 2]
+    return 1000 * min(times)
 
 
 def slopes() -> dict[str, float]:
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     carried = os.environ.get("HEEDFUL_CARRY")
     parser.add_argument("--data", type=Path, default=Path(carried) / "data" if carried else None)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="where to write the result instead of reproductions/results")
@@ -150,7 +150,7 @@ def main() -> None:
     started = time.perf_counter()
     _, tokenizer = heedful.zoo.load("classics-20m")
     text = tokens(arguments.data / "train-0.jsonl.xz", tokenizer, 50_000 if arguments.quick else 8_000_000)
-    validation = tokens(arguments.data / "validation.jsonl.xz", tokenizer, 8_200 if arguments.quick else 500_000)
+    validation = tokens(arguments.data / "validation.jsonl.xz", tokenizer, 8_200 if arguments.quick else 300_000)
     print(f"{len(text)} tokens, {time.perf_counter() - started:.0f} s", flush=True)
 
     models: dict[str, Any] = {}

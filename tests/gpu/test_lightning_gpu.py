@@ -53,22 +53,24 @@ def test_error(case):
         assert error(got, want) < BOUNDS[dtype], (name, error(got, want))
 
 
-def test_more_than_two_to_the_31_elements():
+def test_offsets_beyond_two_to_the_31():
+    """Queries, keys and values as views of one tensor, as a fused projection makes them."""
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 130, 131072, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    assert query.numel() > 2**31
-    decay = alibi_slopes(130).cuda()
-    got = lightning_attention(query, key, value, decay)
-    last = [x[:, -1:].clone() for x in (query, key, value)]
-    assert error(got[:, -1:], lightning_attention(*last, decay[-1:])) < 5e-3
-    leaves = [x.requires_grad_() for x in last]
-    weight = torch.randn_like(got[:, -1:])
-    want = torch.autograd.grad((lightning_attention(*leaves, decay[-1:]) * weight).sum(), leaves)
-    whole = [x.requires_grad_() for x in (query, key, value)]
-    cotangent = torch.zeros_like(got)
-    cotangent[:, -1:] = weight
-    for a, b in zip(torch.autograd.grad(lightning_attention(*whole, decay), whole, cotangent), want, strict=True):
-        assert error(a[:, -1:], b) < 5e-3
+    fused = torch.randn(1, 131072, 3, 43, 128, device="cuda", dtype=torch.bfloat16)
+    assert fused.numel() > 2**31
+    inputs = [x.transpose(1, 2) for x in fused.unbind(2)]
+    tail = [x[:, -1:, -4096:].clone().requires_grad_() for x in inputs]
+    decay = torch.full((43,), 0.1, device="cuda")  # what lies 4096 tokens back weighs nothing
+    leaves = [x.requires_grad_() for x in inputs]
+    output = lightning_attention(*leaves, decay)
+    want = lightning_attention(*tail, decay)
+    weight = torch.zeros_like(output)
+    weight[:, -1:, -1024:] = torch.randn_like(want[:, :, -1024:])
+    assert error(output[:, -1:, -2048:], want[:, :, -2048:]) < 5e-3
+    ours = torch.autograd.grad(output, leaves, weight)
+    theirs = torch.autograd.grad(want, tail, weight[:, -1:, -4096:])
+    for a, b in zip(ours, theirs, strict=True):
+        assert error(a[:, -1:, -2048:], b[:, :, -2048:]) < 5e-3
 
 
 def test_a_captured_step_moves_the_state_on():
