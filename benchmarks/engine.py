@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--skip-peers", action="store_true", help="without transformers' own generate")
     parser.add_argument("--forms", nargs="+", choices=["graph", "compiled"], default=["graph", "compiled"])
+    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches, measure nothing")
     parser.add_argument("--profile", action="store_true", help="print the kernels that a plain and a 64-node step take")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -153,14 +154,21 @@ def main() -> None:
         out.write_text(json.dumps(results, indent=2) + "\n")  # after each: a run that is cut off leaves what it has
         print(f"{name:<58}{value:10.2f} {unit}", flush=True)
 
+    def ours(drafter: Drafter | None, number: int, compile: bool) -> Any:
+        return heedful.generate(model, ids, drafter, engine="graph", compile=compile, max_new_tokens=number, **options)
+
+    if arguments.compile_only:
+        for drafter in (None, Oracle(torch.zeros(1, dtype=torch.long, device="cuda"), 0)):
+            ours(drafter, 4, True)
+            release_graphs(model)
+        model.generate(ids, max_new_tokens=tokens, cache_implementation="static", **options)
+        return
+
     once, bandwidth = read_once(model)
     torch.cuda.empty_cache()
     limit = 1 / once
     note("bandwidth of a plain read", bandwidth / 1e12, "TB/s")
     note("weights read once", limit)
-
-    def ours(drafter: Drafter | None, number: int, compile: bool) -> Any:
-        return heedful.generate(model, ids, drafter, engine="graph", compile=compile, max_new_tokens=number, **options)
 
     for form in arguments.forms:
         compile, name = form == "compiled", "graph" if form == "graph" else "graph, compiled"

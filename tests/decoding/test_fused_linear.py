@@ -120,13 +120,9 @@ def test_kernels_under_the_interpreter():
     assert run.stdout.strip() == "fine", run.stderr[-3000:]
 
 
-def test_each_session_compiles_for_itself(monkeypatch):
-    class Session:
-        def __init__(self, outputs):
-            self.weight = torch.randn(outputs, 8)
-
-        def forward(self, x):
-            return x @ self.weight.T
+def test_functions_with_their_own_code_are_compiled_apart(monkeypatch):
+    def forward(weight, x):
+        return x @ weight.T
 
     compiled = []
 
@@ -135,12 +131,11 @@ def test_each_session_compiles_for_itself(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(fused_linear, "_backend", backend)
-    with torch._dynamo.config.patch(recompile_limit=2):  # fullgraph: one more is an error
-        for outputs in range(1, 5):
-            session = Session(outputs)
-            forward = fused_linear.compile_forward(session.forward)
-            for rows in (1, 3):
-                x = torch.randn(rows, 8)
-                assert torch.allclose(forward(x), session.forward(x))
-    assert len(compiled) == 8  # for every session and shape
+    with torch._dynamo.config.patch(recompile_limit=1):  # fullgraph: one more is an error
+        for rows in range(1, 5):
+            own = fused_linear.compile_forward(fused_linear.with_own_code(forward))
+            for _ in range(2):  # other tensors of the same shapes: nothing new
+                weight, x = torch.randn(6, 8), torch.randn(rows, 8)
+                assert torch.allclose(own(weight, x), forward(weight, x))
+    assert len(compiled) == 4
     assert all(isinstance(size, int) for shapes in compiled for shape in shapes for size in shape)

@@ -127,6 +127,44 @@ def test_sessions_belong_to_the_model_and_go_with_it():
     assert gone() is None
 
 
+def test_sessions_share_what_is_compiled(monkeypatch):
+    fused_linear = pytest.importorskip("heedful.decoding.fused_linear")
+    traced = []
+
+    def backend(module, inputs):
+        traced.append(fused_linear.put_linears_together(module))
+        return module.forward
+
+    def compile_other(function):
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
+
+    monkeypatch.setattr(fused_linear, "_backend", backend)
+    monkeypatch.setattr(fused_linear, "compile_other", compile_other)
+    monkeypatch.setattr(_Run, "_engine_class", lambda self, *_: partial(graph.GraphEngine, capture=False, compile=True))
+    model, given = setting("gemma3_text")
+    reference = model.generate(**given, **GREEDY)
+    for drafter in (None, TokenRecycling(max_nodes=30), TokenRecycling(max_nodes=30), None):
+        result = heedful.generate(model, drafter=drafter, **given, **GREEDY)
+        assert torch.equal(result.sequences, reference)
+    assert len(graph.sessions_of(model)) == 3
+    assert len(traced) == 2  # of 1 and of 31 nodes
+
+
+def test_released_caches_are_free_at_once():
+    model, given = setting()
+    heedful.generate(model, drafter=TokenRecycling(), **given, **GREEDY)
+    (session,) = graph.sessions_of(model).values()
+    keys = [weakref.ref(layer.keys) for layer in session.cache.own_layers]
+    del session
+    gc.disable()
+    try:
+        heedful.decoding.release_graphs(model)
+        assert all(reference() is None for reference in keys)
+    finally:
+        gc.enable()
+    assert torch.equal(heedful.generate(model, **given, **GREEDY).sequences, model.generate(**given, **GREEDY))
+
+
 def test_sessions_end_when_the_weights_they_captured_do():
     model, given = setting()
     heedful.generate(model, **given, **GREEDY)

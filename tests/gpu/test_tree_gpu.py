@@ -16,12 +16,15 @@ def tree(nodes):
     return mask.cuda()
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("dim", [64, 128, 256])
-@pytest.mark.parametrize(
-    ("groups", "nodes", "capacity"),
-    [(1, 1, 3300), (4, 1, 3300), (4, 16, 3300), (4, 21, 3300), (8, 64, 3300), (8, 64, 700), (1, 128, 3300)],
-)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES = [
+    *[(BF16, 128, *case) for case in ((1, 1, 3300), (4, 1, 3300), (4, 16, 3300), (4, 21, 3300), (1, 128, 3300))],
+    *[(BF16, dim, 8, 64, capacity) for dim in (64, 128, 256) for capacity in (700, 3300)],
+    *[(FP16, 128, 4, 16, 3300), (FP16, 64, 8, 64, 3300), (FP32, 64, 4, 16, 3300), (FP32, 128, 8, 64, 700)],
+]
+
+
+@pytest.mark.parametrize(("dtype", "dim", "groups", "nodes", "capacity"), CASES)
 def test_error(dtype, dim, groups, nodes, capacity):
     torch.manual_seed(0)
     query = torch.randn(2, 2 * groups, nodes, dim, device="cuda", dtype=dtype)
@@ -30,7 +33,8 @@ def test_error(dtype, dim, groups, nodes, capacity):
     for row, length in enumerate(lengths.tolist()):
         key[row, :, length + nodes :] = torch.nan
         value[row, :, length + nodes :] = torch.nan
-    for extra in ({}, {"window": 40}, {"softcap": 20.0, "prefix_start": torch.tensor([17, 5], device="cuda")}):
+    start = torch.tensor([17, 5], device="cuda")
+    for extra in ({}, {"window": 40, "softcap": 20.0, "prefix_start": start}):
         got = tree_attention(query, key, value, tree(nodes), lengths, impl="triton", **extra).double()
         wide = [x.double() for x in (query, key, value)]
         want = tree_attention(*wide, tree(nodes), lengths, impl="reference", **extra)

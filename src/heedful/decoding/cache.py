@@ -169,6 +169,10 @@ class GraphCache(Cache):
         states = [s for layer in self.own_layers for s in (layer.keys, layer.values) if s is not None]
         return sum(s.numel() * s.element_size() for s in states)
 
+    def close(self) -> None:
+        """Lets go of the tensors."""
+        self.layers.clear()
+
     def restart(self) -> None:
         """A new prompt is read into the same tensors."""
         for layer in self.own_layers:

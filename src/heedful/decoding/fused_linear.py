@@ -306,13 +306,16 @@ def _backend(graph: fx.GraphModule, inputs: Any) -> Any:
 
 def compile_forward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.compile for the forward of a decode step, with the linear layers put together; anew for every shape."""
-    return torch.compile(with_own_code(forward), backend=_backend, fullgraph=True, dynamic=False)
+    return torch.compile(forward, backend=_backend, fullgraph=True, dynamic=False)
 
 
-def with_own_code(function: Any) -> Any:
-    """The same function or bound method with a code object of its own: torch.compile counts recompilations by code object, and
-    each session compiles for itself."""
-    if isinstance(function, types.MethodType):
-        return types.MethodType(with_own_code(function.__func__), function.__self__)
+def compile_other(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for the rest of a step."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: torch.compile keeps what it made, and counts recompilations, by code
+    object."""
     code, given = function.__code__.replace(), (function.__defaults__, function.__closure__)
     return types.FunctionType(code, function.__globals__, function.__name__, *given)

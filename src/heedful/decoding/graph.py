@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
@@ -63,11 +63,24 @@ class _Sessions(OrderedDict[tuple[Any, ...], "Session"]):
 
     fixed: tuple[Any, ...] = ()
 
+    def __init__(self) -> None:
+        super().__init__()
+        #: Functions compiled for a batch size, capacity and number of nodes: sessions that differ by drafter share them.
+        self.compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
     def still(self, fixed: tuple[Any, ...]) -> None:
         """Drops all sessions if what captured steps have fixed is no longer as it was."""
         if fixed != self.fixed:
-            self.clear()
+            self.drop_all()
             self.fixed = fixed
+
+    def drop_oldest(self) -> None:
+        self.popitem(last=False)[1].close()
+
+    def drop_all(self) -> None:
+        while self:
+            self.drop_oldest()
+        self.compiled.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Sessions:
         return _Sessions()
@@ -128,7 +141,7 @@ def unsupported(
 def release_graphs(model: PreTrainedModel | None = None) -> None:
     """Frees the captured graphs and caches of one model, or of all."""
     for one in list(_models) if model is None else [model]:
-        one.__dict__.pop(_ATTRIBUTE, None)
+        one.__dict__.pop(_ATTRIBUTE, _Sessions()).drop_all()
         _models.discard(one)
 
 
@@ -146,7 +159,7 @@ def _fixed(model: PreTrainedModel) -> tuple[Any, ...]:
 def _make_room(known: _Sessions, device: torch.device) -> None:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 33
     while known and sum(session.cache.nbytes for session in known.values()) > KEPT_SHARE * memory:
-        known.popitem(last=False)
+        known.drop_oldest()
 
 
 class TreeAttention(Kernel):
@@ -223,7 +236,7 @@ class Session:
         requires: of the drafter.
         processors: temperature, top-k, top-p and min-p.
         do_sample: draw instead of taking the arg-max.
-        compile: run the model's forward through torch.compile.
+        compiled: where compiled functions are kept; None runs the model's forward and all else without torch.compile.
         capture: capture steps as CUDA graphs; False runs the same operations one by one.
     """
 
@@ -237,13 +250,13 @@ class Session:
         requires: frozenset[str],
         processors: LogitsProcessorList,
         do_sample: bool,
-        compile: bool,
+        compiled: dict[tuple[Any, ...], Callable[..., Any]] | None,
         capture: bool,
     ) -> None:
         self.model, self.batch, self.capacity = model, batch, capacity
         self.drafter, self.requires, self.do_sample = drafter, requires, do_sample
         self.processors = processors
-        self.capture = capture
+        self.compiled, self.capture = compiled, capture
         self.owner: Drafter | None = None  # kept, so that no other drafter gets the id by which this session is known
         self.cache = GraphCache(model, capacity)
         self.device = device = model_device(model)
@@ -268,15 +281,26 @@ class Session:
         self.graph_bytes = 0
         self.hidden: list[Tensor] = []
         self.movers: list[RowMover] | None = None
-        self.forward = self._forward
-        self.place, self.settle = place, settle
-        if compile:
-            from heedful.decoding.fused_linear import compile_forward, with_own_code
 
-            self.forward = compile_forward(self._forward)
-            self.place, self.settle = (
-                torch.compile(with_own_code(function), fullgraph=True, dynamic=False) for function in (place, settle)
-            )
+    def _compiled(self, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
+        """The function, compiled if the session compiles: for each key a code object, by which torch.compile keeps what it made."""
+        if self.compiled is None:
+            return function
+        key = (function, self.batch, self.capacity, *key)
+        if key not in self.compiled:
+            from heedful.decoding import fused_linear
+
+            own = fused_linear.with_own_code(function)
+            forward = function is Session._forward
+            self.compiled[key] = fused_linear.compile_forward(own) if forward else fused_linear.compile_other(own)
+        return self.compiled[key]
+
+    def close(self) -> None:
+        """Lets go of the graphs and the cache at once: objects that refer to each other wait for the garbage collector."""
+        self.steps.clear()
+        self.trees.clear()
+        self.movers = self.drafter = self.owner = None
+        self.cache.close()
 
     def begin(self, engine: GraphEngine) -> None:
         """A generate begins: its numbers go into the buffers."""
@@ -326,11 +350,14 @@ class Session:
     def verify(self, trees: Trees) -> tuple[DeviceStep, Tensor]:
         """Forward, walk, commit. Returns the step, and what the host reads: ``(B, m + 2)`` emitted tokens, count, ended."""
         self.shown = trees
-        places, positions = self.place(trees.ancestors, self.lengths, self.positions, self.last, self.capacity)
+        nodes = trees.nodes
+        places, positions = self._compiled(place, nodes)(
+            trees.ancestors, self.lengths, self.positions, self.last, self.capacity
+        )
         self.cache.verify_at((self.rows, places))
         self.hidden.clear()
-        logits = self.forward(trees.tokens, positions)
-        settled = self.settle(
+        logits = self._compiled(Session._forward, nodes, self.requires)(self, trees.tokens, positions)
+        settled = self._compiled(settle, nodes, trees.path_length)(
             trees.tokens, trees.parents, trees.ancestors, self.choose(logits), trees.path_length,
             self.end_tokens, self.lengths, self.positions, self.remaining, self.finished, self.capacity,
         )  # fmt: skip
@@ -492,7 +519,7 @@ class GraphEngine(Engine):
                 requires=self.requires,
                 processors=copy.deepcopy(self.select.processors),
                 do_sample=bool(self.config.do_sample),
-                compile=compile,
+                compiled=known.compiled if compile else None,
                 capture=capture,
             )
             known[key].owner = drafter

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 #: Up to this many keys, a tree of many rows is cut into small tiles instead of shares of the keys: merging would take longer.
-SHORT = 2048
+SHORT = 1024
 
 
 @triton.jit
