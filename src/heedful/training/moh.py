@@ -15,10 +15,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.layers.moh import balance_loss, convert_to_moh
 from heedful.training.drafting import PackedRows, _bar, read_documents, schedule
+
+CHUNK = 4096  # tokens whose logits are in float32 at a time
+
+
+def _token_losses(logits: Tensor, before: Tensor | None, targets: Tensor) -> Tensor:
+    """Sums over tokens: the cross-entropy, and the divergence from the logits `before` (0 without them)."""
+    ours = logits.float().log_softmax(-1)
+    next_token = nn.functional.nll_loss(ours, targets, reduction="sum")
+    if before is None:
+        return torch.stack([next_token, next_token.new_zeros(())])
+    theirs = before.float().log_softmax(-1)
+    return torch.stack([next_token, nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")])
 
 
 class _Objective(nn.Module):
@@ -36,17 +49,20 @@ class _Objective(nn.Module):
     def forward(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
         output = cast(Any, self.model)(input_ids=inputs, use_cache=False, output_attentions=True)
-        logits = output.logits.flatten(0, 1).float()
-        next_token = nn.functional.cross_entropy(logits, targets)
+        before = None
+        if self.distillation:
+            with torch.no_grad():
+                before = cast(Any, self.teacher[0])(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
+        sums = torch.zeros(2, device=rows.device)
+        # In pieces that are computed again in the backward pass: logits in float32 are the largest tensors of a small model.
+        for piece in torch.arange(len(targets), device=rows.device).split(CHUNK):
+            now, then = output.logits.flatten(0, 1)[piece], None if before is None else before[piece]
+            sums = sums + checkpoint(_token_losses, now, then, targets[piece], use_reentrant=False)
+        next_token, divergence = sums / len(targets)
         spread = balance_loss(output.attentions)
         loss = next_token + self.balance * spread
         parts = {"next_token": next_token.detach(), "balance": spread.detach()}
         if self.distillation:
-            with torch.no_grad():
-                before = cast(Any, self.teacher[0])(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float()
-            divergence = nn.functional.kl_div(
-                logits.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="batchmean"
-            )
             loss = loss + self.distillation * divergence
             parts["divergence"] = divergence.detach()
         return loss, parts
