@@ -78,8 +78,15 @@ class Decoder:
 
 @torch.no_grad()
 @pytest.mark.parametrize("trained_length", [None, 96])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("qwen3", torch.bfloat16),
+        ("gpt_oss", torch.bfloat16),  # its experts cannot be captured in float32
+    ],
+)
 def test_a_captured_step_is_the_eager_one_and_serves_later_sequences(family, dtype, trained_length):
     changes = {"layer_types": ["full_attention"] * 3} if family == "gpt_oss" else {"head_dim": 32}
     attn = "eager" if family == "gpt_oss" else None

@@ -418,6 +418,25 @@ def test_compiled_models_run_it_outside_the_graph():
 
 
 @torch.no_grad()
+def test_compiled_decoding_over_a_static_cache():
+    model, ids = build("llama", num_hidden_layers=1), tokens(length=50)
+    found = []
+    for compiled in (False, True):
+        part = HiPAttention(**SMALL, mask_refresh_interval=3)
+        cache, steps = StaticCache(config=model.config, max_cache_len=80), []
+        with attach(model, part):
+            model(ids[:, :40], past_key_values=cache)
+            run = torch.compile(model, backend="eager") if compiled else model
+            for place in range(40, 46):
+                mask = torch.ones(2, place + 1, dtype=torch.long)
+                steps.append(run(ids[:, place : place + 1], past_key_values=cache, attention_mask=mask).logits)
+        found.append(torch.cat(steps))
+        assert part.summary(0)["refreshes"] == 2
+    assert torch.equal(*found)
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
 def test_the_bundled_model_stays_close_to_itself():
     model, tokenizer = heedful.zoo.load("classics-20m")
     ids = tokenizer(heedful.zoo.excerpt()[:12000], return_tensors="pt").input_ids[:, :2048]

@@ -212,6 +212,19 @@ def test_batches_caches_and_chunks_agree(family):
 
 
 @torch.no_grad()
+def test_packed_documents_are_extended_each_by_itself():
+    model, lengths = build("llama"), (40, 3, 61, 23)
+    ids = torch.cat([tokens(batch=1, length=n, seed=n) for n in lengths], 1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with attach(model, HiPAttention(**EXTENDED)):
+        packed = model(ids, position_ids=positions, use_cache=False).logits
+        alone = torch.cat([model(x).logits for x in ids.split(lengths, 1)], 1)
+    torch.testing.assert_close(packed, alone, atol=2e-4, rtol=1e-4)
+    with attach(model, HiPAttention(**SMALL)):
+        assert not torch.allclose(packed, model(ids, position_ids=positions, use_cache=False).logits, atol=1e-2)
+
+
+@torch.no_grad()
 def test_the_report_counts_and_mass_is_of_rows_within():
     model = build("llama")
     with attach(model, HiPAttention(**EXTENDED)) as attached:

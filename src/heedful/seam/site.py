@@ -108,7 +108,7 @@ class Site:
         self, query: Tensor, key: Tensor, value: Tensor, mask: Any, keywords: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """One attention call: its output (B, Tq, Hq, Dv), and the weights where the original gives them."""
-        inputs = self.inputs.pop(thread(), None) or Inputs(cross=self.cross)
+        inputs = self.inputs.pop(thread(), None) or self.inputs.pop(0, None) or Inputs(cross=self.cross)
         name, function = self.original_function()
         call = self._call(inputs, name, function, query, key, value, mask, keywords)
         rows = self._who_acts(call)
