@@ -39,7 +39,7 @@ def plain(layer: MixtureOfHeads, x: Tensor) -> Tensor:
 
 def replayed(run: Callable[[], Any]) -> float:
     """Milliseconds of a call in the replay of a CUDA graph."""
-    return float(do_bench_cudagraph(run, rep=15, return_mode="median"))
+    return float(do_bench_cudagraph(run, rep=10, return_mode="median"))
 
 
 def with_limit(limit: int, run: Any) -> Any:

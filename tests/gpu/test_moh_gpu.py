@@ -17,21 +17,54 @@ def relative(got, want):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "heads", "shared", "k", "options"),
+    [
+        (torch.float32, 8, 2, 3, {"causal": True}),
+        (torch.float32, 8, 3, 2, {"num_kv_heads": 2, "bias": True}),
+        (torch.bfloat16, 8, 0, 4, {"causal": True, "num_kv_heads": 4}),
+    ],
+)
+def test_skipping_equals_masking(monkeypatch, dtype, heads, shared, k, options):
+    """Forward and backward, 1e-5 in float32; also with padding."""
+    torch.manual_seed(0)
+    layer = MixtureOfHeads(512, heads, shared, k, **options).to("cuda", dtype)
+    x = torch.randn(2, 600, 512, device="cuda", dtype=dtype, requires_grad=True)
+    grad = torch.randn_like(x)
+    calls = []
+    original = layers.MixtureOfHeads._chosen_heads
+    monkeypatch.setattr(layers.MixtureOfHeads, "_chosen_heads", lambda *a: calls.append(1) or original(*a))
+    for mask in (None, torch.arange(600, device="cuda") >= torch.tensor([[0], [37]], device="cuda")):
+        results = []
+        for limit, share in (
+            (0, 8),
+            (0, 1),
+            (10**9, 8),
+        ):  # with a dense output projection, with one of chosen heads, masked
+            monkeypatch.setattr(layers, "SKIP_FROM", limit)
+            monkeypatch.setattr(layers, "OUTPUT_SHARE", share)
+            y, (_, loss) = layer(x, return_routing=True, attention_mask=mask)
+            y = y if mask is None else y.masked_fill(~mask[..., None], 0)
+            results.append(
+                (y, *torch.autograd.grad([y, loss], [x, *layer.parameters()], [grad, torch.ones_like(loss)]))
+            )
+        for a, b, c in zip(*results, strict=True):
+            assert relative(a, c) < (1e-5 if dtype == torch.float32 else 2e-2)
+            assert relative(b, c) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
     ("dtype", "dim", "heads", "kv_heads", "length", "keys", "options"),
     [
         (torch.bfloat16, 64, 4, 2, 1000, 1000, {}),
-        (torch.bfloat16, 128, 4, 4, 700, 700, {}),
         (torch.bfloat16, 128, 4, 1, 333, 900, {}),
-        (torch.bfloat16, 64, 2, 2, 500, 700, {"causal": False}),
-        (torch.bfloat16, 128, 2, 1, 900, 900, {"window": 200}),
-        (torch.bfloat16, 64, 2, 2, 600, 600, {"padded": True}),
-        (torch.bfloat16, 256, 2, 1, 300, 300, {}),
-        (torch.bfloat16, 64, 2, 1, 1, 777, {}),
-        (torch.float16, 128, 4, 2, 700, 700, {}),
-        (torch.float16, 16, 2, 1, 300, 300, {}),
+        (torch.bfloat16, 64, 4, 2, 500, 700, {"causal": False}),
+        (torch.bfloat16, 128, 4, 1, 900, 900, {"window": 200}),
+        (torch.bfloat16, 64, 4, 2, 600, 600, {"padded": True}),
+        (torch.bfloat16, 64, 4, 2, 1, 777, {}),
+        (torch.float16, 256, 2, 1, 300, 300, {}),
         (torch.float32, 64, 4, 2, 500, 500, {}),
         (torch.float32, 128, 2, 2, 333, 400, {"padded": True}),
-        (torch.float32, 32, 2, 2, 1, 1, {}),
     ],
 )
 def test_error(dtype, dim, heads, kv_heads, length, keys, options):
@@ -74,44 +107,6 @@ def test_projection(dtype):
     grads = torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, wide, grad.double())
     for a, b in zip((got, *grads[0]), (want, *grads[1]), strict=True):
         assert relative(a, b) < BOUNDS[dtype]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("heads", "shared", "k", "options"),
-    [
-        (8, 2, 3, {"causal": True}),
-        (8, 3, 2, {"num_kv_heads": 2, "bias": True}),
-        (8, 0, 4, {"causal": True, "num_kv_heads": 4}),
-    ],
-)
-def test_skipping_equals_masking(monkeypatch, dtype, heads, shared, k, options):
-    """Forward and backward, 1e-5 in float32; also with padding."""
-    torch.manual_seed(0)
-    layer = MixtureOfHeads(512, heads, shared, k, **options).to("cuda", dtype)
-    x = torch.randn(2, 600, 512, device="cuda", dtype=dtype, requires_grad=True)
-    grad = torch.randn_like(x)
-    calls = []
-    original = layers.MixtureOfHeads._chosen_heads
-    monkeypatch.setattr(layers.MixtureOfHeads, "_chosen_heads", lambda *a: calls.append(1) or original(*a))
-    for mask in (None, torch.arange(600, device="cuda") >= torch.tensor([[0], [37]], device="cuda")):
-        results = []
-        for limit, share in (
-            (0, 8),
-            (0, 1),
-            (10**9, 8),
-        ):  # with a dense output projection, with one of chosen heads, masked
-            monkeypatch.setattr(layers, "SKIP_FROM", limit)
-            monkeypatch.setattr(layers, "OUTPUT_SHARE", share)
-            y, (_, loss) = layer(x, return_routing=True, attention_mask=mask)
-            y = y if mask is None else y.masked_fill(~mask[..., None], 0)
-            results.append(
-                (y, *torch.autograd.grad([y, loss], [x, *layer.parameters()], [grad, torch.ones_like(loss)]))
-            )
-        for a, b, c in zip(*results, strict=True):
-            assert relative(a, c) < (1e-5 if dtype == torch.float32 else 2e-2)
-            assert relative(b, c) < (1e-5 if dtype == torch.float32 else 2e-2)
-    assert len(calls) == 4
 
 
 def test_no_host_synchronisation_and_a_captured_graph_follows_the_routing():
