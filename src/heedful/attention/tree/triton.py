@@ -333,9 +333,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def _splits(units: int, slots: int, most: int) -> int:
-    """Shares of the keys for `units` tiles on `slots` places: whole rounds of programs, and few parts to merge."""
+    """Shares of the keys for `units` tiles on `slots` places, `most` or fewer: whole rounds of programs, few parts to merge."""
     best, cost = 1, math.inf
-    for splits in range(1, min(most, max(1, 4 * slots // units), 128) + 1):
+    for splits in range(1, min(most, max(1, 4 * slots // units)) + 1):
         rounds = -(-units * splits // slots)
         this = rounds / splits * (1 + 0.02 * (rounds - 1)) + 0.0005 * splits / max(1, slots / units)
         if this < cost * 0.99:
@@ -366,7 +366,9 @@ def _launch(
     tail = min(config.block_n, 64)
     tiles = -(-rows // config.block_m)
     slots = _multiprocessors(query.device) * config.programs
-    splits = _splits(batch * kv_heads * tiles, slots, -(-capacity // config.block_n)) if slots else 1
+    splits = 1
+    if slots:
+        splits = _splits(batch * kv_heads * tiles, slots, min(128, -(-capacity // config.block_n)))
     output = torch.empty((batch, nodes, heads, dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, nodes, splits), dtype=torch.float32, device=query.device)
     if splits == 1:
