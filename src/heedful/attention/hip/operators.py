@@ -72,17 +72,9 @@ def _empty_blocks(
 
 @torch.library.custom_op("heedful::hip_reference_attend", mutates_args=())
 def attend_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor | None,
-    blocks: Tensor,
-    search_end: Tensor,
-    attention_mask: Tensor | None,
-    sizes: Sequence[int],
-    scale: float,
-    softcap: float,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None, blocks: Tensor, search_end: Tensor,
+    attention_mask: Tensor | None, sizes: Sequence[int], scale: float, softcap: float,
+) -> Tensor:  # fmt: skip
     mask = _mask(query, key, blocks, search_end, attention_mask, sizes)
     return reference.attend(query, key, value, mask, scale=scale, softcap=softcap or None, sink_logits=sink_logits)
 
@@ -94,18 +86,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Tensor:
 
 @torch.library.custom_op("heedful::hip_reference_attend_backward", mutates_args=())
 def attend_backward_op(
-    gradient: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sink_logits: Tensor | None,
-    blocks: Tensor,
-    search_end: Tensor,
-    attention_mask: Tensor | None,
-    sizes: Sequence[int],
-    scale: float,
-    softcap: float,
-) -> list[Tensor]:
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None, blocks: Tensor,
+    search_end: Tensor, attention_mask: Tensor | None, sizes: Sequence[int], scale: float, softcap: float,
+) -> list[Tensor]:  # fmt: skip
     mask = _mask(query, key, blocks, search_end, attention_mask, sizes)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *sinks: Tensor) -> Tensor:
@@ -141,28 +124,15 @@ def _mask(
 ) -> HiPMask:
     rows, block_size_k, window, sinks, chosen_at = sizes
     return HiPMask(
-        blocks,
-        search_end,
-        query.shape[2],
-        key.shape[2],
-        rows,
-        block_size_k,
-        window,
-        sinks,
-        attention_mask,
+        blocks, search_end, query.shape[2], key.shape[2], rows, block_size_k, window, sinks, attention_mask,
         chosen_at if chosen_at >= 0 else None,
-    )
+    )  # fmt: skip
 
 
 def choose(
-    query: Tensor,
-    key: Tensor,
-    *,
-    attention_mask: Tensor | None,
-    sample_method: str,
-    generator: torch.Generator | None,
+    query: Tensor, key: Tensor, *, attention_mask: Tensor | None, sample_method: str, generator: torch.Generator | None,
     **sizes: int,
-) -> HiPMask:
+) -> HiPMask:  # fmt: skip
     """`reference.choose` in a graph."""
     if generator is not None:
         raise ValueError("a compiled call cannot take a generator; leave it out, or call outside torch.compile")
@@ -173,16 +143,9 @@ def choose(
 
 
 def choose_in_stages(
-    query: Tensor,
-    key: Tensor,
-    *,
-    stages: Sequence[Stage],
-    top_k: int,
-    sliding_window: int,
-    num_sink_tokens: int,
-    head_group_size: int,
-    attention_mask: Tensor | None,
-) -> HiPMask:
+    query: Tensor, key: Tensor, *, stages: Sequence[Stage], top_k: int, sliding_window: int, num_sink_tokens: int,
+    head_group_size: int, attention_mask: Tensor | None,
+) -> HiPMask:  # fmt: skip
     """`reference.choose_in_stages` in a graph."""
     flat = [0 if number is None else number for stage in stages for number in stage]
     sizes = [top_k, sliding_window, num_sink_tokens, head_group_size]
@@ -193,15 +156,9 @@ def choose_in_stages(
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: HiPMask,
-    *,
-    scale: float,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, mask: HiPMask, *, scale: float, softcap: float | None,
     sink_logits: Tensor | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`reference.attend` in a graph."""
     chosen_at = -1 if mask.chosen_at is None else mask.chosen_at
     sizes = [mask.block_size_q, mask.block_size_k, mask.sliding_window, mask.num_sink_tokens, chosen_at]

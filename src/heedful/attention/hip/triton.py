@@ -89,47 +89,13 @@ def _best(score, count, WIDE: tl.constexpr):
     ]
 )  # fmt: skip
 def _choose(
-    query,
-    key,
-    attention_mask,
-    first_slot,
-    real_end,
-    lengths,
-    chosen_at,
-    refreshes,
-    blocks,
-    num_queries,
-    num_keys,
-    nodes,
-    rows,
-    stride_rows,
-    samples,
-    window,
-    sinks,
-    refresh_interval,
-    stride_query_b,
-    stride_query_h,
-    stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_mask_b,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SHARED: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STRIDE_K: tl.constexpr,
-    PLACE: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    CHILDREN: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    DECODE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    query, key, attention_mask, first_slot, real_end, lengths, chosen_at, refreshes, blocks, num_queries, num_keys,
+    nodes, rows, stride_rows, samples, window, sinks, refresh_interval, stride_query_b, stride_query_h, stride_query_t,
+    stride_key_b, stride_key_h, stride_key_t, stride_mask_b, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    SHARED: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, STRIDE_K: tl.constexpr, PLACE: tl.constexpr,
+    SAMPLES: tl.constexpr, CHILDREN: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_FIRST: tl.constexpr, DECODE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     # Sets of one key head run side by side: they find its keys in the L2 cache.
     pid = tl.program_id(0)
     SETS: tl.constexpr = GROUP // SHARED  # of one key head
@@ -248,44 +214,12 @@ def _choose(
     ]
 )  # fmt: skip
 def _scan(
-    query,
-    key,
-    attention_mask,
-    first_slot,
-    real_end,
-    starts,
-    scores,
-    num_queries,
-    num_keys,
-    first_block,
-    some,
-    chunks,
-    parents,
-    rows,
-    stride_rows,
-    runs,
-    window,
-    sinks,
-    pieces,
-    finer,
-    stride_query_b,
-    stride_query_h,
-    stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_mask_b,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    LEVELS: tl.constexpr,
-    RUNS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query, key, attention_mask, first_slot, real_end, starts, scores, num_queries, num_keys, first_block, some, chunks,
+    parents, rows, stride_rows, runs, window, sinks, pieces, finer, stride_query_b, stride_query_h, stride_query_t,
+    stride_key_b, stride_key_h, stride_key_t, stride_mask_b, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    CHUNK: tl.constexpr, LEVELS: tl.constexpr, RUNS: tl.constexpr, BLOCK_C: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_STARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Scores of BLOCK_C chunks for one query block and head, `(B, Hq, some, chunks)`; -inf for those without tokens.
 
     `starts (B, Hq, some / finer, parents)`: first tokens of the chunks that the last stage kept, -1 for none, each to
@@ -379,21 +313,9 @@ def _score_tokens(
 
 @triton.jit(do_not_specialize=["some", "chunks", "parents", "pieces", "finer", "kept", "chunk_size"])
 def _keep(
-    scores,
-    starts,
-    output,
-    some,
-    chunks,
-    parents,
-    pieces,
-    finer,
-    kept,
-    chunk_size,
-    HEADS: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_STARTS: tl.constexpr,
-):
+    scores, starts, output, some, chunks, parents, pieces, finer, kept, chunk_size, HEADS: tl.constexpr,
+    SHARED: tl.constexpr, BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr,
+):  # fmt: skip
     """First tokens of the `kept` best chunks of each query block and head, in order, -1 for none: `(B, Hq, some, kept)`.
 
     As `_best`, for any number of chunks, a tile at a time. Heads that share their keys rank a chunk by their maximum.
@@ -488,53 +410,14 @@ def _absorb(
     ]
 )  # fmt: skip
 def _attend(
-    query,
-    key,
-    value,
-    blocks,
-    search_end,
-    attention_mask,
-    first_slot,
-    sink_logits,
-    output,
-    scale,
-    softcap,
-    num_queries,
-    num_keys,
-    nodes,
-    rows,
-    window,
-    sinks,
-    stride_query_b,
-    stride_query_h,
-    stride_query_t,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_value_b,
-    stride_value_h,
-    stride_value_t,
-    stride_blocks_b,
-    stride_blocks_h,
-    stride_blocks_n,
-    stride_end_b,
-    stride_end_n,
-    stride_mask_b,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    EXTENDED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SINK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    query, key, value, blocks, search_end, attention_mask, first_slot, sink_logits, output, scale, softcap, num_queries,
+    num_keys, nodes, rows, window, sinks, stride_query_b, stride_query_h, stride_query_t, stride_key_b, stride_key_h,
+    stride_key_t, stride_value_b, stride_value_h, stride_value_t, stride_blocks_b, stride_blocks_h, stride_blocks_n,
+    stride_end_b, stride_end_n, stride_mask_b, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_MASK: tl.constexpr, EXTENDED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINK: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     KV_HEADS: tl.constexpr = HEADS // GROUP
     tiles = tl.cdiv(rows, BLOCK_M)  # of one query block
@@ -638,46 +521,12 @@ def _attend(
 
 @triton.jit(do_not_specialize=["nodes", "window", "sinks", "reach", "share", "chosen_parts", "parts", "capacity"])
 def _decode(
-    query,
-    key,
-    value,
-    lengths,
-    first_slot,
-    blocks,
-    chosen_at,
-    partial,
-    lse,
-    scale,
-    softcap,
-    capacity,
-    nodes,
-    window,
-    sinks,
-    reach,
-    share,
-    chosen_parts,
-    parts,
-    stride_query_b,
-    stride_query_h,
-    stride_key_b,
-    stride_key_h,
-    stride_key_t,
-    stride_value_b,
-    stride_value_h,
-    stride_value_t,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SHARED: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    query, key, value, lengths, first_slot, blocks, chosen_at, partial, lse, scale, softcap, capacity, nodes, window,
+    sinks, reach, share, chosen_parts, parts, stride_query_b, stride_query_h, stride_key_b, stride_key_h, stride_key_t,
+    stride_value_b, stride_value_h, stride_value_t, HEADS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_FIRST: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """A share of the chosen keys of one set of heads, or of sinks and window, which all heads of a key head read."""
     KV_HEADS: tl.constexpr = HEADS // GROUP
     SETS: tl.constexpr = GROUP // SHARED
@@ -738,16 +587,9 @@ def _decode(
 
 @triton.jit(do_not_specialize=["parts"])
 def _merge(
-    partial,
-    lse,
-    sink_logits,
-    output,
-    parts,
-    HEADS: tl.constexpr,
-    DV: tl.constexpr,
-    PARTS: tl.constexpr,
+    partial, lse, sink_logits, output, parts, HEADS: tl.constexpr, DV: tl.constexpr, PARTS: tl.constexpr,
     HAS_SINK: tl.constexpr,
-):
+):  # fmt: skip
     """One row of the output from its parts."""
     pid = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, PARTS)
@@ -818,21 +660,10 @@ def _samples(rows: int, stride: int) -> int:
 
 
 def _launch_choose(
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    first_slot: Tensor | None,
-    real_end: Tensor | None,
-    nodes: int,
-    rows: int,
-    stride_rows: int,
-    block_k: int,
-    stride_k: int,
-    window: int,
-    sinks: int,
-    shared: int,
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, first_slot: Tensor | None, real_end: Tensor | None,
+    nodes: int, rows: int, stride_rows: int, block_k: int, stride_k: int, window: int, sinks: int, shared: int,
     place: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     query, key = _unit_stride(query, key)
     batch, heads, num_queries, dim = query.shape
     kv_heads, num_keys = key.shape[1:3]
@@ -843,65 +674,22 @@ def _launch_choose(
     config = _choose_config(dim, query.dtype, columns, False)
     real = None if attention_mask is None else attention_mask.view(torch.uint8)
     _choose[(batch * heads // shared * count,)](
-        query,
-        key,
-        query if real is None else real,
-        first_slot,
-        real_end,
-        None,
-        None,
-        None,
-        blocks,
-        num_queries,
-        num_keys,
-        nodes,
-        rows,
-        stride_rows,
-        samples,
-        window,
-        sinks,
-        0,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        0 if real is None else real.stride(0),
-        HEADS=heads,
-        GROUP=heads // kv_heads,
-        SHARED=shared,
-        D=dim,
-        BLOCK_K=block_k,
-        STRIDE_K=stride_k,
-        PLACE=place,
-        SAMPLES=columns,
-        CHILDREN=max(config.block_n, _pow2(2 * nodes)),
-        BLOCK_N=config.block_n,
-        HAS_MASK=real is not None,
-        HAS_FIRST=first_slot is not None,
-        DECODE=False,
-        PRECISION=_precision(query.dtype),
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        maxnreg=config.registers,
-    )
+        query, key, query if real is None else real, first_slot, real_end, None, None, None, blocks, num_queries,
+        num_keys, nodes, rows, stride_rows, samples, window, sinks, 0, *query.stride()[:3], *key.stride()[:3],
+        0 if real is None else real.stride(0), HEADS=heads, GROUP=heads // kv_heads, SHARED=shared, D=dim,
+        BLOCK_K=block_k, STRIDE_K=stride_k, PLACE=place, SAMPLES=columns,
+        CHILDREN=max(config.block_n, _pow2(2 * nodes)), BLOCK_N=config.block_n, HAS_MASK=real is not None,
+        HAS_FIRST=first_slot is not None, DECODE=False, PRECISION=_precision(query.dtype), STAGES=config.num_stages,
+        num_warps=config.num_warps, maxnreg=config.registers,
+    )  # fmt: skip
     return blocks
 
 
 def _launch_attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: Tensor,
-    search_end: Tensor,
-    attention_mask: Tensor | None,
-    first_slot: Tensor | None,
-    sink_logits: Tensor | None,
-    scale: float,
-    softcap: float,
-    rows: int,
-    block_k: int,
-    window: int,
-    sinks: int,
-    extended: bool,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, search_end: Tensor, attention_mask: Tensor | None,
+    first_slot: Tensor | None, sink_logits: Tensor | None, scale: float, softcap: float, rows: int, block_k: int,
+    window: int, sinks: int, extended: bool,
+) -> Tensor:  # fmt: skip
     query, key, value, blocks = _unit_stride(query, key, value, blocks)
     batch, heads, num_queries, dim = query.shape
     kv_heads, num_keys, dim_v = key.shape[1], key.shape[2], value.shape[3]
@@ -912,63 +700,21 @@ def _launch_attend(
     real = None if attention_mask is None else attention_mask.view(torch.uint8)
     grid = (batch * heads * -(-num_queries // rows) * -(-rows // block_m),)
     _attend[grid](
-        query,
-        key,
-        value,
-        blocks,
-        search_end,
-        query if real is None else real,
-        first_slot,
-        sink_logits,
-        output,
-        scale,
-        softcap,
-        num_queries,
-        num_keys,
-        blocks.shape[3],
-        rows,
-        window,
-        sinks,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *blocks.stride()[:3],
-        *search_end.stride(),
-        0 if real is None else real.stride(0),
-        HEADS=heads,
-        GROUP=heads // kv_heads,
-        D=dim,
-        DV=dim_v,
-        BLOCK_K=block_k,
-        BLOCK_M=block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_S=max(16, min(config.block_n, _pow2(sinks))),
-        HAS_MASK=real is not None,
-        EXTENDED=extended,
-        HAS_SOFTCAP=softcap > 0,
-        HAS_SINK=sink_logits is not None,
-        PRECISION=_precision(query.dtype),
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        maxnreg=config.registers,
-    )
+        query, key, value, blocks, search_end, query if real is None else real, first_slot, sink_logits, output, scale,
+        softcap, num_queries, num_keys, blocks.shape[3], rows, window, sinks, *query.stride()[:3], *key.stride()[:3],
+        *value.stride()[:3], *blocks.stride()[:3], *search_end.stride(), 0 if real is None else real.stride(0),
+        HEADS=heads, GROUP=heads // kv_heads, D=dim, DV=dim_v, BLOCK_K=block_k, BLOCK_M=block_m, BLOCK_N=config.block_n,
+        BLOCK_S=max(16, min(config.block_n, _pow2(sinks))), HAS_MASK=real is not None, EXTENDED=extended,
+        HAS_SOFTCAP=softcap > 0, HAS_SINK=sink_logits is not None, PRECISION=_precision(query.dtype),
+        STAGES=config.num_stages, num_warps=config.num_warps, maxnreg=config.registers,
+    )  # fmt: skip
     return output
 
 
 def _launch_refresh(
-    query: Tensor,
-    key: Tensor,
-    lengths: Tensor,
-    first_real: Tensor | None,
-    blocks: Tensor,
-    chosen_at: Tensor,
-    refreshes: Tensor,
-    refresh_interval: int,
-    block_k: int,
-    stride_k: int,
-    window: int,
-    sinks: int,
-) -> None:
+    query: Tensor, key: Tensor, lengths: Tensor, first_real: Tensor | None, blocks: Tensor, chosen_at: Tensor,
+    refreshes: Tensor, refresh_interval: int, block_k: int, stride_k: int, window: int, sinks: int,
+) -> None:  # fmt: skip
     """Renews the choices that are due, in place."""
     query, key = _unit_stride(query, key)
     batch, heads, _, dim = query.shape
@@ -978,63 +724,20 @@ def _launch_refresh(
     columns = max(16, _pow2(shared))
     config = _choose_config(dim, query.dtype, columns, True)
     _choose[(batch * sets,)](
-        query,
-        key,
-        query,
-        first_real,
-        None,
-        lengths,
-        chosen_at,
-        refreshes,
-        blocks,
-        1,
-        capacity,
-        nodes,
-        1,
-        1,
-        1,
-        window,
-        sinks,
-        refresh_interval,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        0,
-        HEADS=heads,
-        GROUP=heads // kv_heads,
-        SHARED=shared,
-        D=dim,
-        BLOCK_K=block_k,
-        STRIDE_K=stride_k,
-        PLACE=_PLACES["center"],
-        SAMPLES=columns,
-        CHILDREN=max(config.block_n, _pow2(2 * nodes)),
-        BLOCK_N=config.block_n,
-        HAS_MASK=False,
-        HAS_FIRST=first_real is not None,
-        DECODE=True,
-        PRECISION=_precision(query.dtype),
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        maxnreg=config.registers,
-    )
+        query, key, query, first_real, None, lengths, chosen_at, refreshes, blocks, 1, capacity, nodes, 1, 1, 1, window,
+        sinks, refresh_interval, *query.stride()[:3], *key.stride()[:3], 0, HEADS=heads, GROUP=heads // kv_heads,
+        SHARED=shared, D=dim, BLOCK_K=block_k, STRIDE_K=stride_k, PLACE=_PLACES["center"], SAMPLES=columns,
+        CHILDREN=max(config.block_n, _pow2(2 * nodes)), BLOCK_N=config.block_n, HAS_MASK=False,
+        HAS_FIRST=first_real is not None, DECODE=True, PRECISION=_precision(query.dtype), STAGES=config.num_stages,
+        num_warps=config.num_warps, maxnreg=config.registers,
+    )  # fmt: skip
 
 
 def _launch_decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    first_real: Tensor | None,
-    blocks: Tensor,
-    chosen_at: Tensor,
-    sink_logits: Tensor | None,
-    scale: float,
-    softcap: float,
-    reach: int,
-    block_k: int,
-    window: int,
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, first_real: Tensor | None, blocks: Tensor,
+    chosen_at: Tensor, sink_logits: Tensor | None, scale: float, softcap: float, reach: int, block_k: int, window: int,
     sinks: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     query, key, value = _unit_stride(query, key, value)
     batch, heads, _, dim = query.shape
     kv_heads, capacity, dim_v = key.shape[1], key.shape[2], value.shape[3]
@@ -1052,55 +755,17 @@ def _launch_decode(
     lse = torch.empty((batch, heads, parts), dtype=torch.float32, device=query.device)
     output = torch.empty((batch, heads, 1, dim_v), dtype=query.dtype, device=query.device)
     _decode[(group // shared * chosen_parts + parts - chosen_parts, batch * kv_heads)](
-        query,
-        key,
-        value,
-        lengths,
-        first_real,
-        blocks,
-        chosen_at,
-        partial,
-        lse,
-        scale,
-        softcap,
-        capacity,
-        nodes,
-        window,
-        sinks,
-        reach,
-        share,
-        chosen_parts,
-        parts,
-        *query.stride()[:2],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        HEADS=heads,
-        GROUP=group,
-        SHARED=shared,
-        D=dim,
-        DV=dim_v,
-        BLOCK_K=block_k,
-        BLOCK_M=max(16, _pow2(group)),
-        BLOCK_N=config.block_n,
-        HAS_FIRST=first_real is not None,
-        HAS_SOFTCAP=softcap > 0,
-        PRECISION=_precision(query.dtype),
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
+        query, key, value, lengths, first_real, blocks, chosen_at, partial, lse, scale, softcap, capacity, nodes,
+        window, sinks, reach, share, chosen_parts, parts, *query.stride()[:2], *key.stride()[:3], *value.stride()[:3],
+        HEADS=heads, GROUP=group, SHARED=shared, D=dim, DV=dim_v, BLOCK_K=block_k, BLOCK_M=max(16, _pow2(group)),
+        BLOCK_N=config.block_n, HAS_FIRST=first_real is not None, HAS_SOFTCAP=softcap > 0,
+        PRECISION=_precision(query.dtype), STAGES=config.num_stages, num_warps=config.num_warps,
         maxnreg=config.registers,
-    )
+    )  # fmt: skip
     _merge[(batch * heads,)](
-        partial,
-        lse,
-        sink_logits,
-        output,
-        parts,
-        HEADS=heads,
-        DV=dim_v,
-        PARTS=_pow2(parts),
-        HAS_SINK=sink_logits is not None,
-        num_warps=4,
-    )
+        partial, lse, sink_logits, output, parts, HEADS=heads, DV=dim_v, PARTS=_pow2(parts),
+        HAS_SINK=sink_logits is not None, num_warps=4,
+    )  # fmt: skip
     return output
 
 
@@ -1114,18 +779,9 @@ _SCAN_SCORES = 1 << 25  # scores of chunks that exist at a time
 
 
 def _launch_scan(
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    first_slot: Tensor | None,
-    real_end: Tensor | None,
-    stages: Sequence[int],
-    top_k: int,
-    nodes: int,
-    window: int,
-    sinks: int,
-    shared: int,
-) -> Tensor:
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, first_slot: Tensor | None, real_end: Tensor | None,
+    stages: Sequence[int], top_k: int, nodes: int, window: int, sinks: int, shared: int,
+) -> Tensor:  # fmt: skip
     """Chosen chunks of the last stage, `(B, Hq, N, n)`. `stages`: four numbers each, 0 for no budget."""
     query, key = _unit_stride(query, key)
     batch, heads, num_queries, dim = query.shape
@@ -1199,22 +855,10 @@ def _launch_scan(
             )
             output = torch.empty((batch, heads, some, kept), dtype=torch.int32, device=query.device)
             _keep[(batch * heads * some,)](
-                scores,
-                output if starts is None else starts,
-                output,
-                some,
-                chunks,
-                parents,
-                pieces,
-                ratio,
-                kept,
-                chunk,
-                HEADS=heads,
-                SHARED=shared,
-                BLOCK=256 if INTERPRETED else 1024,
-                HAS_STARTS=starts is not None,
+                scores, output if starts is None else starts, output, some, chunks, parents, pieces, ratio, kept, chunk,
+                HEADS=heads, SHARED=shared, BLOCK=256 if INTERPRETED else 1024, HAS_STARTS=starts is not None,
                 num_warps=4,
-            )
+            )  # fmt: skip
             starts = output
         assert starts is not None
         chosen = torch.where(starts >= 0, starts // steps[-1][2], -1)[..., :nodes]
@@ -1242,21 +886,10 @@ decode_op = torch.library.custom_op("heedful::hip_decode", _launch_decode, mutat
 
 @choose_op.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    first_slot: Tensor | None,
-    real_end: Tensor | None,
-    nodes: int,
-    rows: int,
-    stride_rows: int,
-    block_k: int,
-    stride_k: int,
-    window: int,
-    sinks: int,
-    shared: int,
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, first_slot: Tensor | None, real_end: Tensor | None,
+    nodes: int, rows: int, stride_rows: int, block_k: int, stride_k: int, window: int, sinks: int, shared: int,
     place: int,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     batch, heads, num_queries, _ = query.shape
     return query.new_empty((batch, heads // shared, -(-num_queries // rows), nodes), dtype=torch.int32)
 
@@ -1266,18 +899,9 @@ scan_op = torch.library.custom_op("heedful::hip_scan", _launch_scan, mutates_arg
 
 @scan_op.register_fake
 def _(
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    first_slot: Tensor | None,
-    real_end: Tensor | None,
-    stages: Sequence[int],
-    top_k: int,
-    nodes: int,
-    window: int,
-    sinks: int,
-    shared: int,
-) -> Tensor:
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, first_slot: Tensor | None, real_end: Tensor | None,
+    stages: Sequence[int], top_k: int, nodes: int, window: int, sinks: int, shared: int,
+) -> Tensor:  # fmt: skip
     batch, heads, num_queries, _ = query.shape
     count = -(-num_queries // min(stages[-4], num_queries))
     return query.new_empty((batch, heads, count, nodes), dtype=torch.int32)
@@ -1322,16 +946,9 @@ def refuses_stages(stages: Sequence[Stage]) -> str | None:
 
 
 def choose_in_stages(
-    query: Tensor,
-    key: Tensor,
-    *,
-    stages: Sequence[Stage],
-    top_k: int,
-    sliding_window: int,
-    num_sink_tokens: int,
-    head_group_size: int,
-    attention_mask: Tensor | None,
-) -> HiPMask:
+    query: Tensor, key: Tensor, *, stages: Sequence[Stage], top_k: int, sliding_window: int, num_sink_tokens: int,
+    head_group_size: int, attention_mask: Tensor | None,
+) -> HiPMask:  # fmt: skip
     """`reference.choose_in_stages`; the means of queries are rounded to the keys' dtype."""
     block_size_q, _, chunk_size, _ = stages[-1]
     window = max(sliding_window, stages[0][0] - 1)
@@ -1344,48 +961,20 @@ def choose_in_stages(
         padded = attention_mask is not None
         flat = [0 if number is None else number for stage in stages for number in stage]
         blocks = _run(
-            scan_op,
-            _launch_scan,
-            query,
-            key,
-            attention_mask,
-            plan.first_slot if padded else None,
-            plan.real_end if padded else None,
-            flat,
-            top_k,
-            nodes,
-            window,
-            num_sink_tokens,
-            head_group_size,
-        )
+            scan_op, _launch_scan, query, key, attention_mask, plan.first_slot if padded else None,
+            plan.real_end if padded else None, flat, top_k, nodes, window, num_sink_tokens, head_group_size,
+        )  # fmt: skip
     return HiPMask(
-        blocks,
-        plan.search_end,
-        query.shape[2],
-        key.shape[2],
-        plan.rows,
-        chunk_size,
-        window,
-        num_sink_tokens,
+        blocks, plan.search_end, query.shape[2], key.shape[2], plan.rows, chunk_size, window, num_sink_tokens,
         attention_mask,
-    )
+    )  # fmt: skip
 
 
 def choose(
-    query: Tensor,
-    key: Tensor,
-    *,
-    top_k: int,
-    block_size_q: int,
-    block_stride_q: int,
-    block_size_k: int,
-    block_stride_k: int,
-    sliding_window: int,
-    num_sink_tokens: int,
-    head_group_size: int,
-    attention_mask: Tensor | None,
+    query: Tensor, key: Tensor, *, top_k: int, block_size_q: int, block_stride_q: int, block_size_k: int,
+    block_stride_k: int, sliding_window: int, num_sink_tokens: int, head_group_size: int, attention_mask: Tensor | None,
     sample_method: str,
-) -> HiPMask:
+) -> HiPMask:  # fmt: skip
     """The choice of `reference.choose`, for the sample methods "center", "first" and "last"."""
     plan = layout(query, key, block_size_q, sliding_window, attention_mask)
     nodes = plan.nodes(top_k, block_size_k, num_sink_tokens)
@@ -1395,112 +984,41 @@ def choose(
     else:
         padded = attention_mask is not None
         blocks = _run(
-            choose_op,
-            _launch_choose,
-            query,
-            key,
-            attention_mask,
-            plan.first_slot if padded else None,
-            plan.real_end if padded else None,
-            nodes,
-            plan.rows,
-            block_stride_q,
-            block_size_k,
-            block_stride_k,
-            plan.window,
-            num_sink_tokens,
-            head_group_size,
-            _PLACES[sample_method],
-        )
+            choose_op, _launch_choose, query, key, attention_mask, plan.first_slot if padded else None,
+            plan.real_end if padded else None, nodes, plan.rows, block_stride_q, block_size_k, block_stride_k,
+            plan.window, num_sink_tokens, head_group_size, _PLACES[sample_method],
+        )  # fmt: skip
         blocks = blocks.repeat_interleave(head_group_size, 1) if head_group_size > 1 else blocks
     return HiPMask(
-        blocks,
-        plan.search_end,
-        query.shape[2],
-        key.shape[2],
-        plan.rows,
-        block_size_k,
-        plan.window,
-        num_sink_tokens,
+        blocks, plan.search_end, query.shape[2], key.shape[2], plan.rows, block_size_k, plan.window, num_sink_tokens,
         attention_mask,
-    )
+    )  # fmt: skip
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: HiPMask,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, mask: HiPMask, *, scale: float, softcap: float | None = None,
     sink_logits: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`reference.attend`, forward only."""
     return _run(
-        attend_op,
-        _launch_attend,
-        query,
-        key,
-        value,
-        mask.blocks,
-        mask.search_end,
-        mask.attention_mask,
-        None if mask.attention_mask is None else mask.first_slot,
-        sink_logits,
-        float(scale),
-        softcap or 0.0,
-        mask.block_size_q,
-        mask.block_size_k,
-        mask.sliding_window,
-        mask.num_sink_tokens,
-        mask.chosen_at is not None,
-    )
+        attend_op, _launch_attend, query, key, value, mask.blocks, mask.search_end, mask.attention_mask,
+        None if mask.attention_mask is None else mask.first_slot, sink_logits, float(scale), softcap or 0.0,
+        mask.block_size_q, mask.block_size_k, mask.sliding_window, mask.num_sink_tokens, mask.chosen_at is not None,
+    )  # fmt: skip
 
 
 def decode(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    state: HiPDecodeState,
-    refresh_interval: int,
-    first_real: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sink_logits: Tensor | None,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, state: HiPDecodeState, refresh_interval: int,
+    first_real: Tensor | None, scale: float, softcap: float | None, sink_logits: Tensor | None,
+) -> Tensor:  # fmt: skip
     """One decode step: refresh where due, then attention to the choice."""
     sizes = (state.block_size_k, state.block_stride_k, state.sliding_window, state.num_sink_tokens)
     reach = min(state.sliding_window + refresh_interval - 1, key.shape[2])
     _run(
-        refresh_op,
-        _launch_refresh,
-        query,
-        key,
-        lengths,
-        first_real,
-        state.blocks,
-        state.chosen_at,
-        state.refreshes,
-        refresh_interval,
-        *sizes,
-    )
+        refresh_op, _launch_refresh, query, key, lengths, first_real, state.blocks, state.chosen_at, state.refreshes,
+        refresh_interval, *sizes,
+    )  # fmt: skip
     return _run(
-        decode_op,
-        _launch_decode,
-        query,
-        key,
-        value,
-        lengths,
-        first_real,
-        state.blocks,
-        state.chosen_at,
-        sink_logits,
-        float(scale),
-        softcap or 0.0,
-        reach,
-        state.block_size_k,
-        state.sliding_window,
-        state.num_sink_tokens,
-    )
+        decode_op, _launch_decode, query, key, value, lengths, first_real, state.blocks, state.chosen_at, sink_logits,
+        float(scale), softcap or 0.0, reach, state.block_size_k, state.sliding_window, state.num_sink_tokens,
+    )  # fmt: skip
