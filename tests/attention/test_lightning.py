@@ -284,7 +284,7 @@ def test_kernels_under_the_interpreter():
                 inputs = [random(batch, kv * groups, length, dim), random(batch, kv, length, dim), random(batch, kv, length, columns)]
                 options, sequences = {}, batch
                 if "mask" in mode:
-                    real = torch.ones(batch, length, dtype=torch.bool)
+                    real = torch.ones(length, batch, dtype=torch.bool).T
                     real[0, :37] = False
                     real[1, 101:] = False
                     options["attention_mask"] = real
@@ -292,7 +292,7 @@ def test_kernels_under_the_interpreter():
                 if "packed" in mode:
                     options["cu_seqlens"] = torch.tensor([0, 3, 3, 100, length])
                     sequences = 4
-                rates = 3 * alibi_slopes(kv * groups)
+                rates = (3 * alibi_slopes(kv * groups))[:, None].expand(-1, 2)[:, 0]
                 state = random(sequences, kv * groups, dim, columns) if "state" in mode else None
                 out_weight, state_weight = random(batch, kv * groups, length, columns), random(sequences, kv * groups, dim, columns)
                 results = []
@@ -310,9 +310,10 @@ def test_kernels_under_the_interpreter():
                     assert error < bound, (dtype, length, mode, name, error)
         # One token: the kernel of the recurrent step.
         inputs, state = [random(2, 2, 1, 5), random(2, 1, 1, 5), random(2, 1, 1, 7)], random(2, 2, 5, 7)
-        got = lightning_attention(*inputs, rates[:2], initial_state=state, output_final_state=True, impl="triton")
-        want = lightning_attention(*inputs, rates[:2], initial_state=state, output_final_state=True, impl="reference")
-        torch.testing.assert_close(got, want)
+        for real in (None, torch.tensor([[True], [False]])):
+            options = {"initial_state": state, "output_final_state": True, "attention_mask": real}
+            got = lightning_attention(*inputs, rates[:2], impl="triton", **options)
+            torch.testing.assert_close(got, lightning_attention(*inputs, rates[:2], impl="reference", **options))
         # No decay and a fast one, across segments.
         inputs = [random(1, 2, 200, 16) for _ in range(3)]
         rates = torch.tensor([0.0, 60.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,12 @@ def lightning_attention(
         reason = _triton_refuses(query, value) if kernels else None
         if impl == "triton" and reason is not None:
             raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
-        arguments = {"mask": attention_mask, "cu_seqlens": cu_seqlens, "initial": initial_state, "scale": scale}
+        arguments: dict[str, Any] = {
+            "mask": attention_mask,
+            "cu_seqlens": cu_seqlens,
+            "initial": initial_state,
+            "scale": scale,
+        }
         if kernels and reason is None and query.numel() and value.numel():
             from heedful.attention.lightning import triton
 
@@ -155,7 +161,7 @@ def alibi_slopes(num_heads: int, layer: int | None = None, num_layers: int | Non
 
     When not to use:
         For weights trained with another rule: TransNormerLLM and MiniMax-01 have this one (MiniMax divides by
-        `L - 1 + 1e-5`), flash-linear-attention's `chunk_lightning_attn` another, linear in h.
+        `L - 1 + 1e-5`), flash-linear-attention's `chunk_lightning_attn` another: `8 / H * (1 - l / L) * h` for h = 0..H-1.
 
     Paper:
         "Lightning Attention-2", arXiv 2401.04658; "Train Short, Test Long", Press, Smith, Lewis, arXiv 2108.12409 (ALiBi).
@@ -265,8 +271,10 @@ def _check(
                 f"initial_state must be {wide} {shape}, got {initial_state.dtype} {tuple(initial_state.shape)}"
             )
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not bool((decay >= 0).all()):
-            raise ValueError("decay must not be negative: the weight of a token n places back is exp(-decay * n)")
+        if not bool(((decay >= 0) & decay.isfinite()).all()):
+            raise ValueError(
+                "decay must be finite and not negative: the weight of a token n places back is exp(-decay * n)"
+            )
         if cu_seqlens is not None and (
             int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != length or bool((cu_seqlens.diff() < 0).any())
         ):

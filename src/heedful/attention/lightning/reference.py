@@ -42,9 +42,9 @@ def lightning_attention(
         ends = cu_seqlens.tolist()
         outputs, states = [], []
         for number, (start, end) in enumerate(itertools.pairwise(ends)):
-            document = (x[:, :, start:end] for x in (query, key, value))
+            q, k, v = (x[:, :, start:end] for x in (query, key, value))
             state = None if initial is None else initial[number : number + 1]
-            output, state = _sequence(*document, decay, None, None, state, scale, chunk_size)
+            output, state = _sequence(q, k, v, decay, None, None, state, scale, chunk_size)
             outputs.append(output)
             states.append(state)
         return torch.cat(outputs, 2), torch.cat(states)

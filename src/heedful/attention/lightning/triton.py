@@ -416,10 +416,8 @@ def _plan(
         index = torch.where(spare, (2**31 - 1) // size - 1, number - firsts[sequence])
         table = torch.stack([sequence, index], 1).int()
         return _Plan(sequences, programs, size, programs, bounds, table, firsts.int())
-    bounds = None
-    if mask is not None:
-        bounds = real_bounds(mask).int()
-    return _Plan(batch, segments, size, batch * segments, bounds, None, None)
+    rows = None if mask is None else real_bounds(mask).int()
+    return _Plan(batch, segments, size, batch * segments, rows, None, None)
 
 
 def _like(tensor: Tensor, heads: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -621,6 +619,7 @@ def _step(
     key,
     value,
     output,
+    mask,
     decay,
     initial,
     final,
@@ -637,6 +636,7 @@ def _step(
     E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    MASKED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
 ):
     """One token: S = exp(-decay) S + k^T v, o = q S."""
@@ -645,15 +645,21 @@ def _step(
     dims = tl.arange(0, BLOCK_D)
     columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = (dims < D)[:, None] & (columns < E)[None, :]
-    k = tl.load(key + batch * stride_key_b + (head // GROUP) * stride_key_h + dims, mask=dims < D, other=0.0)
-    v = tl.load(
-        value + batch * stride_value_b + (head // GROUP) * stride_value_h + columns, mask=columns < E, other=0.0
-    )
-    q = tl.load(query + batch * stride_query_b + head * stride_query_h + dims, mask=dims < D, other=0.0)
+    in_key = dims < D
+    in_value = columns < E
+    passed = 1.0  # tokens: none at padding, where the state waits
+    if MASKED:
+        real = tl.load(mask + batch) != 0
+        in_key = in_key & real
+        in_value = in_value & real
+        passed = tl.where(real, 1.0, 0.0)
+    k = tl.load(key + batch * stride_key_b + (head // GROUP) * stride_key_h + dims, mask=in_key, other=0.0)
+    v = tl.load(value + batch * stride_value_b + (head // GROUP) * stride_value_h + columns, mask=in_value, other=0.0)
+    q = tl.load(query + batch * stride_query_b + head * stride_query_h + dims, mask=in_key, other=0.0)
     state = k.to(tl.float32)[:, None] * v.to(tl.float32)[None, :]
     place = (batch * HEADS + head) * (D * E) + dims[:, None] * E + columns[None, :]
     if HAS_INITIAL:
-        kept = tl.exp2(-tl.load(decay + head) * 1.4426950408889634)
+        kept = tl.exp2(-tl.load(decay + head) * 1.4426950408889634 * passed)
         state += kept * tl.load(initial + place, mask=inside, other=0.0)
     tl.store(final + place, state, mask=inside)
     o = tl.sum(q.to(tl.float32)[:, None] * state, 0) * scale
@@ -661,7 +667,13 @@ def _step(
 
 
 def step(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, initial: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    mask: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """One token of each row, without gradients: `(B, Hq, 1, E)` and the state."""
     query, key, value = _contiguous_rows(query, key, value)
@@ -675,6 +687,7 @@ def step(
         key,
         value,
         output,
+        mask,
         decay,
         None if initial is None else initial.contiguous(),
         final,
@@ -688,6 +701,7 @@ def step(
         E=columns,
         BLOCK_D=max(16, triton.next_power_of_2(dim)),
         BLOCK_E=block_e,
+        MASKED=mask is not None,
         HAS_INITIAL=initial is not None,
         num_warps=4,
     )
@@ -776,14 +790,15 @@ def lightning_attention(
     want_final: bool,
 ) -> tuple[Tensor, Tensor]:
     """`(output, final state)`; the latter is empty unless asked for."""
+    decay, mask = decay.contiguous(), None if mask is None else mask.contiguous()
     wants_gradient = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (query, key, value, initial)
     )
-    one_token = query.shape[2] == 1 and mask is None and cu_seqlens is None and not wants_gradient
+    one_token = query.shape[2] == 1 and cu_seqlens is None and not wants_gradient
     # A registered operator costs more than the kernel of one token.
     if one_token and not torch.compiler.is_compiling():
         with _device(query):
-            return step(query, key, value, decay, initial, scale)
+            return step(query, key, value, decay, mask, initial, scale)
     return lightning_attention_op(query, key, value, decay, mask, cu_seqlens, initial, scale, want_final)
 
 
