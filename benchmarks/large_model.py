@@ -29,7 +29,7 @@ from heedful.training.muon import Muon
 from heedful.training.pretrain import build_model
 
 SHAPE = {"hidden": 2048, "layers": 8, "heads": 16, "kv_heads": 4, "intermediate": 5632}
-LENGTH, ROWS = 1024, 64
+LENGTH, ROWS, ACCUMULATED = 1024, 12, 3
 
 
 def texts(data: Path) -> list[str]:
@@ -55,20 +55,21 @@ def train_model(model: Any, stream: np.ndarray, seconds: float, device: str) -> 
         for optimiser, rate in optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
-        starts = rng.integers(len(stream) - LENGTH - 1, size=ROWS)
-        rows = torch.from_numpy(np.stack([stream[s : s + LENGTH + 1] for s in starts])).long().to(device)
-        with torch.autocast(device, torch.bfloat16):
-            hidden = model.model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
-        loss.backward()
+        for _ in range(ACCUMULATED):
+            starts = rng.integers(len(stream) - LENGTH - 1, size=ROWS)
+            rows = torch.from_numpy(np.stack([stream[s : s + LENGTH + 1] for s in starts])).long().to(device)
+            with torch.autocast(device, torch.bfloat16):
+                hidden = model.model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
+                logits = model.lm_head(hidden)
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+            (loss / ACCUMULATED).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser, _ in optimisers:
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         step += 1
         if step % 25 == 0:
-            speed = step * ROWS * LENGTH / (time.perf_counter() - began)
+            speed = step * ACCUMULATED * ROWS * LENGTH / (time.perf_counter() - began)
             print(f"step {step}, loss {float(loss.detach()):.3f}, {speed / 1e3:.0f}k tokens/s", flush=True)
     return float(loss.detach())
 

@@ -5,14 +5,16 @@ after the last layer (a linear head without refinement). Compared, on the model'
 often each step's first candidate is the model's own token, tokens a step, trainable parameters, rows a step. For the default
 layers also how close pseudo states come to the real ones, layer by layer.
 
-    python reproductions/hidden_transfer.py [--steps 150] [--device cuda] [--seconds 90] [--quick] [--out FILE]
+    python reproductions/hidden_transfer.py [--steps 150] [--device cuda] [--processes 3] [--quick] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,23 +134,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four variants, 20 steps, few continuations")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seconds", type=float, default=1e9, help="after which no further variant is begun")
+    parser.add_argument("--processes", type=int, default=1, help="variants trained side by side")
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     began = time.perf_counter()
     steps, number, tokens = (20, 4, 40) if arguments.quick else (arguments.steps, 8, 64)
-    names = [MEDUSA, "layers 0 0 0", DEFAULT, LAST] if arguments.quick else list(VARIANTS)
+    names = [MEDUSA, "layers 0 0 0", DEFAULT, LAST] if arguments.quick else arguments.variants
     figures: dict[str, Any] = {"training_steps": steps, "nodes_of_the_tree": len(TREE), "variants": {}}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        text = training_text(work, arguments.data, arguments.device, 0 if arguments.quick else 512, 1_500_000)
+        text = training_text(work, arguments.data, arguments.device, 0 if arguments.quick else 256, 1_000_000)
         given = (arguments.device, steps, text, work, number, tokens)
-        results = {}
-        for name in names:
-            if time.perf_counter() - began < arguments.seconds:
-                results[name] = run(name, *given)
+        if arguments.processes == 1:
+            results = {name: run(name, *given) for name in names}
+        else:
+            with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+                waiting = {name: pool.submit(run, name, *given) for name in names}
+                results = {name: future.result() for name, future in waiting.items()}
     figures["variants"] = results
     by_step = {name: result["agreement_by_step"] for name, result in results.items()}
     refined = [name for name in results if name.startswith("layers") and name != LAST]

@@ -1,7 +1,7 @@
 """Greedy identity over 2,000 prompts: every drafter gives the tokens of plain decoding, up to counted near ties.
 
 Spec-Bench's 480 questions, GSM8K's test questions and passages of held-out books, classics-20m in float32. Prompts of like
-length are decoded together. The reference is the plain loop on the same batches; where an output first differs from it, the
+length are decoded together, cut to their last 840 tokens. The reference is the plain loop on the same batches; where an output first differs from it, the
 plain run's two best logits there must lie within 1e-3 (a near tie, which several rows round differently from one), and that
 at most once in 1,000 prompts. ``transformers``' own ``generate`` is compared on the first batches. On a GPU the drafters run in
 CUDA graphs (Hidden Transfer in the eager engine, and Token Recycling on some batches in both), and bfloat16 forks are counted.
@@ -12,6 +12,7 @@ CUDA graphs (Hidden Transfer in the eager engine, and Token Recycling on some ba
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import lzma
 import sys
@@ -64,9 +65,9 @@ def drafters() -> dict[str, Drafter]:
 class Batches:
     """Prompts sorted by length and padded on the left, and the plain loop's outputs."""
 
-    def __init__(self, model: Any, tokenizer: Any, texts: list[str], size: int, tokens: int) -> None:
+    def __init__(self, model: Any, tokenizer: Any, texts: list[str], size: int, tokens: int, context: int) -> None:
         self.model, self.tokens, self.pad = model, tokens, tokenizer.pad_token_id
-        room = model.config.max_position_embeddings - tokens
+        room = min(context, model.config.max_position_embeddings - tokens)
         encoded = sorted((tokenizer(text).input_ids[-room:] for text in texts), key=len)
         self.number = len(encoded)
         self.batches: list[dict[str, Tensor]] = []
@@ -120,6 +121,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2000)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--batch", type=int, default=80)
+    parser.add_argument("--context", type=int, default=840, help="the most tokens of a prompt; its end is kept")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which Hidden Transfer reads no further batch")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--generate", type=int, default=8, help="batches on which generate is compared too")
@@ -133,12 +136,12 @@ def main() -> None:
     cuda = arguments.device.startswith("cuda")
     texts = prompts(arguments.data, number)
     model, tokenizer = zoo.load("classics-20m", device=arguments.device)
-    batches = Batches(model, tokenizer, texts, size, tokens)
+    batches = Batches(model, tokenizer, texts, size, tokens, arguments.context)
     every = range(len(batches.batches))
     # Shortest, longest and between: what is compared on some batches only.
     some = range(0, len(every), max(1, len(every) // max(1, arguments.generate)))
     figures: dict[str, Any] = {
-        "prompts": batches.number, "rows_of_a_batch": size, "new_tokens": tokens, "forks": {}, "tokens_per_step": {},
+        "prompts": batches.number, "rows_of_a_batch": size, "new_tokens": tokens, "most_tokens_of_a_prompt": arguments.context, "forks": {}, "tokens_per_step": {},
         "forks_in_bfloat16": {},
     }  # fmt: skip
     out = arguments.out
@@ -160,9 +163,21 @@ def main() -> None:
         return held
 
     def note(kind: str, name: str, outputs: list[LongTensor], indices: range) -> None:
-        figures[kind][name] = batches.compare(outputs, indices)
-        print(kind, name, figures[kind][name], f"{time.perf_counter() - began:.0f} s", flush=True)
+        found, before = batches.compare(outputs, indices), figures[kind].get(name)
+        if before is not None:  # batch by batch
+            found = {
+                key: max(found[key], before[key]) if key == "largest_gap" else found[key] + before[key] for key in found
+            }
+        figures[kind][name] = found
+        print(kind, name, found, f"{time.perf_counter() - began:.0f} s", flush=True)
 
+    def release() -> None:
+        """Graphs of one drafter go before the next one's are captured; nothing is freed in the middle of a capture."""
+        if cuda:
+            decoding.release_graphs(model)
+            gc.collect()
+
+    gc.disable()
     note(
         "forks",
         "transformers generate",
@@ -170,19 +185,24 @@ def main() -> None:
         some,
     )
     for name, drafter in drafters().items():
-        outputs, figures["tokens_per_step"][name] = batches.run(drafter, every)
-        note("forks", name, outputs, every)
-        if cuda:
-            decoding.release_graphs(model)
+        late = drafter.joins_forward and cuda  # the eager engine: as far as the time goes, from the shortest on
+        for part in [range(i, i + 1) for i in every] if late else [every]:
+            if late and time.perf_counter() - began > arguments.seconds:
+                break
+            outputs, steps = batches.run(drafter, part)
+            figures["tokens_per_step"][name] = steps
+            note("forks", name, outputs, part)
+        save()
+        release()
     if cuda:
         note("forks", "token-recycling, eager engine", batches.run(TokenRecycling(), some, engine="eager")[0], some)
         save()
         model, tokenizer = zoo.load("classics-20m", device=arguments.device, dtype=torch.bfloat16)
-        batches = Batches(model, tokenizer, texts, size, tokens)
+        batches = Batches(model, tokenizer, texts, size, tokens, arguments.context)
         for name, drafter in drafters().items():
             if not drafter.joins_forward:
-                note("forks_in_bfloat16", name, batches.run(drafter, every)[0], every)
-                decoding.release_graphs(model)
+                note("forks_in_bfloat16", name, batches.run(drafter, some)[0], some)
+                release()
     save()
 
 

@@ -70,7 +70,7 @@ def by_head(accuracies: list[list[float]]) -> dict[str, Any]:
 
 
 def shipped(device: str, quick: bool) -> dict[str, Any]:
-    number, tokens = (4, 40) if quick else (16, 96)
+    number, tokens = (4, 40) if quick else (8, 64)
     model, tokenizer = zoo.load("classics-20m", device=device)
     drafter = Counting.from_pretrained(zoo.path("classics-20m-medusa"), max_nodes=63)
     rows = held_out_rows(tokenizer, 2 * number, PROMPT)
@@ -88,7 +88,7 @@ def shipped(device: str, quick: bool) -> dict[str, Any]:
         drafter.count()
         counted = decode(model, prompts, drafter, texts, engine="eager", **options)
         sums = 1 + sum(drafter.accepted[1:]) / drafter.verified
-        timed = decode(model, prompts, drafter, texts, **options)
+        timed = decode(model, prompts, drafter, texts, **options) if device != "cpu" else counted
         right = sum(
             float(torch.stack([hits[:, :, step, rank] for step, rank in enumerate(path)]).all(0).float().mean())
             for path in drafter.tree.paths
@@ -108,7 +108,7 @@ def shipped(device: str, quick: bool) -> dict[str, Any]:
 
     contest("chain of 4", [(0,) * depth for depth in range(1, 5)])
     contest("mc_sim_7b_63", MC_SIM_7B_63)
-    for size in (4, 8, 16, 32, 63):
+    for size in (4, 16, 63):
         contest(f"calibrated, {size} nodes", best_tree(accuracies, size))
     return {
         "accuracy_by_head": by_head(accuracies),
