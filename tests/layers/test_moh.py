@@ -430,6 +430,11 @@ def test_conversion_refuses_what_it_cannot_do(ids):
         convert_to_moh(build("gemma2"), attention="routed")
     softcapped = convert_to_moh(build("gemma2", attn="eager"), 0.5, 0.25)
     assert softcapped(ids).logits.isfinite().all()
+    sinks = build("gpt_oss")
+    logits = sinks(ids).logits
+    assert torch.equal(convert_to_moh(sinks, 1.0)(ids).logits, logits)
+    with pytest.raises(ValueError, match=r"routed.*has no s_aux"):
+        convert_to_moh(sinks, 0.5, 0.25, attention="routed")(ids)
     with pytest.raises(ValueError, match="routing must be"):
         balance_loss([torch.zeros(1, 4, 5, 5)])
 

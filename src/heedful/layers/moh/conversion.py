@@ -75,7 +75,8 @@ def convert_to_moh(
         the query projection (the router needs it) and the output projection stay.
 
     When not to use:
-        Without continued training, which must follow. For generation: one token's keys and values are read all the same.
+        Without continued training, which must follow. For generation: one token's keys and values are read all the same. Under
+        a Kernel of `heedful.attach`, which computes the layer in place of this.
 
     Paper:
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", Jin, Zhu, Yuan, Yan, arXiv 2410.11842 (section on
@@ -102,11 +103,8 @@ def convert_to_moh(
         raise ValueError(
             f"the attention implementation {attention!r} cannot be converted: pass attention='sdpa', 'eager' or 'routed'"
         )
-    if attention == SKIPPING and (
-        getattr(config, "attn_logit_softcapping", None)
-        or (hasattr(config, "swiglu_limit") and hasattr(config, "num_local_experts"))
-    ):
-        raise ValueError("attention='routed' has no softcap and no sink logits: pass attention='eager'")
+    if attention == SKIPPING and getattr(config, "attn_logit_softcapping", None):
+        raise ValueError("attention='routed' has no softcap: pass attention='eager'")
     config.moh = {"active_ratio": active_ratio, "shared_ratio": shared_ratio, "attention": attention}
     if present != NAME:
         model.set_attn_implementation(NAME)
