@@ -11,8 +11,8 @@ from torch.nn import functional
 from heedful.attention import choose_heads, dispatch_heads, routed_attention, routed_output, routed_projection
 from heedful.layers.moh.routing import load_balance
 
-# Tokens of a batch, and of a row, from which on skipping is faster than computing all heads, on an H200.
-SKIP_FROM = 4096
+# Keys of a row times the share of heads that a token does not have, from which on skipping is faster than computing all heads.
+SKIP_FROM = 2048
 # The output projection skips heads where a token has at most one in so many of the routed ones: above, one dense product over
 # zeros is faster than products of each head's rows and their sum.
 OUTPUT_SHARE = 8
@@ -189,7 +189,7 @@ class MixtureOfHeads(nn.Module):
             x.is_cuda
             and self.router is not None
             and self.top_k_heads < self.router.out_features
-            and x.shape[0] * x.shape[1] >= SKIP_FROM
+            and x.shape[1] * (self.router.out_features - self.top_k_heads) >= SKIP_FROM * self.num_heads
             and self.head_dim in (16, 32, 64, 128, 256)
             and key.dtype in (torch.bfloat16, torch.float16, torch.float32)
             and type(self.q_proj) is type(self.o_proj) is nn.Linear  # an adapter in its place is called, with all heads
