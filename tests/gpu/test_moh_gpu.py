@@ -93,6 +93,27 @@ def test_error(dtype, dim, heads, kv_heads, length, keys, options):
     assert all(torch.equal(a, b) for a, b in zip(repeated, grads[0], strict=True))  # no atomics
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_finite_stays_with_the_rows_that_see_it(which, bad):
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, 2, 2, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    active = torch.rand(2, 1000, 4, device="cuda") < 0.5
+    active[0, 500] = True
+    clean = routed_attention(query, key, value, active, impl="triton")
+    (query, key, value)[which][0, 0, 500, 3] = bad
+    got = routed_attention(query, key, value, active, impl="triton")
+    assert torch.equal(got[1], clean[1])
+    assert torch.equal(got[0, :, :500], clean[0, :, :500])
+    rows = ~got[0, 0].isfinite().all(-1)
+    assert bool(rows[500])
+    if which == 0:
+        assert torch.equal(got[0, 0, 501:], clean[0, 0, 501:])
+    if which == 2:
+        assert torch.equal(rows[500:], active[0, 500:, 0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_projection(dtype):
     torch.manual_seed(0)
