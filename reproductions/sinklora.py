@@ -116,7 +116,7 @@ def main() -> None:
     carry = Path(os.environ.get("HEEDFUL_CARRY", "carry"))
     parser.add_argument("--data", type=Path, default=carry / "data")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin with no other attention after so many")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--out", type=Path, help="where to write the result instead of reproductions/results")

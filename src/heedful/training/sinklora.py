@@ -157,7 +157,7 @@ def train_sinklora(
         >>> import heedful
         >>> from heedful.training import train_sinklora
         >>> model, tokenizer = heedful.zoo.load("classics-20m", device="cuda")
-        >>> train_sinklora(model, tokenizer, "books.jsonl", "classics-16k", length=16384, batch_size=8, lr=5e-4)
+        >>> train_sinklora(model, tokenizer, "books.jsonl", "classics-16k", length=16384, batch_size=8, lr=2e-3)
 
     Args:
         model: A RoPE model of transformers with its original context, in float32 (a GPU computes in bfloat16 by
@@ -170,7 +170,7 @@ def train_sinklora(
         steps: Optimiser steps. Default 1000.
         batch_size: Rows of a step, over all processes. Default 64, the paper's.
         micro_batch_size: Rows of a forward; a step adds up the gradients. Default 1.
-        lr: Learning rate. Default 2e-5, for 7B models; small models take 10 to 50 times that.
+        lr: Learning rate. Default 2e-5, for 7B models; small models take up to 100 times that.
         warmup_steps, weight_decay, clip: Of AdamW. Default 20, 0, 1.
         rank, alpha, dropout: Of LoRA. Default 8, 16, 0.
         group_size_ratio, shift_ratio, num_sink_tokens, boundary: Of `heedful.kernels.ShiftedSparseAttention`. The defaults are
