@@ -79,19 +79,20 @@ class Decoder:
 @torch.no_grad()
 @pytest.mark.parametrize("trained_length", [None, 96])
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    ("family", "dtype", "method"),
     [
-        ("llama", torch.float32),
-        ("llama", torch.bfloat16),
-        ("qwen3", torch.bfloat16),
-        ("gpt_oss", torch.bfloat16),  # its experts cannot be captured in float32
+        ("llama", torch.float32, "center"),
+        ("llama", torch.float32, "oracle"),
+        ("llama", torch.bfloat16, "center"),
+        ("qwen3", torch.bfloat16, "oracle"),
+        ("gpt_oss", torch.bfloat16, "center"),  # its experts cannot be captured in float32
     ],
 )
-def test_a_captured_step_is_the_eager_one_and_serves_later_sequences(family, dtype, trained_length):
+def test_a_captured_step_is_the_eager_one_and_serves_later_sequences(family, dtype, method, trained_length):
     changes = {"layer_types": ["full_attention"] * 3} if family == "gpt_oss" else {"head_dim": 32}
     attn = "eager" if family == "gpt_oss" else None
     model = build(family, attn=attn, dtype=dtype, **changes).cuda()
-    given = {**SIZES, "mask_refresh_interval": 4, "trained_length": trained_length}
+    given = {**SIZES, "mask_refresh_interval": 4, "trained_length": trained_length, "decode_sample_method": method}
     steps, expected = 12, []
     eager = HiPAttention(**given)
     with attach(model, eager):

@@ -8,6 +8,8 @@ from transformers import DynamicCache, StaticCache
 import heedful
 from heedful import HiPAttention, attach, kernels
 from heedful.attention import hip_attention
+from heedful.attention.hip.decode import HiPDecodeState
+from heedful.kernels.hip.exact import best_blocks
 from heedful.seam import Verification
 
 SMALL = {"top_k": 12, "block_size_q": 8, "sliding_window": 8, "num_sink_tokens": 2}
@@ -562,23 +564,46 @@ def test_heads_can_share_their_sets_and_the_search_can_go_in_stages(monkeypatch)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["center", "oracle"])
-def test_decoding_can_look_at_every_key(method, monkeypatch):
-    model = build("llama", num_hidden_layers=1)
-    masks, keys, found = recording(monkeypatch), Keys(), []
-    for options in ({}, {"cache_implementation": "static"}):
-        part = HiPAttention(**{**SMALL, "block_size_k": 1}, decode_sample_method=method)
-        found.append(greedy(model, part, keys, input_ids=tokens(length=64), new_tokens=2, **options))
-    torch.testing.assert_close(torch.stack(found[0].logits), torch.stack(found[1].logits), atol=2e-4, rtol=1e-4)
-    query, key = keys.seen[1]
-    scores = (query.unflatten(1, (2, 2)) @ key[:, :, None].mT).flatten(1, 2)[:, :, 0]
-    best = scores[:, :, 2:57].topk(12).indices.sort(-1).values + 2  # sinks 0 and 1, window 57 to 64
-    assert torch.equal(masks[1].block_tokens()[:, :, 0], best) == (method == "oracle")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_decoding_can_look_at_every_key(family, monkeypatch):
+    changes = {"layer_types": ["full_attention"] * 3} if family in ("gemma2", "gpt_oss") else {}
+    model, inputs = build(family, **changes), left_padded(tokens(length=64), [0, 21])
+    arguments = {**SMALL, "mask_refresh_interval": 3, "head_group_size": 2}
+    part = HiPAttention(**arguments, decode_sample_method="oracle")
+    found = greedy(model, part, **inputs)
+    static = greedy(
+        model, HiPAttention(**arguments, decode_sample_method="oracle"), **inputs, cache_implementation="static"
+    )
+    assert not torch.equal(
+        torch.stack(greedy(model, HiPAttention(**arguments), **inputs).logits), torch.stack(found.logits)
+    )
+    monkeypatch.setattr(HiPAttention, "_exact", False)  # the operator's own oracle
+    expected = greedy(model, HiPAttention(**arguments, decode_sample_method="oracle"), **inputs)
+    for mine in (found, static):
+        assert torch.equal(mine.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(mine.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-4)
+    assert part.summary(0)["refreshes"] == 3
 
 
-class Keys(heedful.Probe):
-    def queries_keys(self, call, query, key):
-        self.seen = [*getattr(self, "seen", []), (query, key)]
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shared", [1, 2])
+@pytest.mark.parametrize("length", [5, 30, 77])
+def test_the_exact_search_takes_the_operators_best_blocks(length, shared, stride):
+    g = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 1, 16, generator=g)
+    key, value = torch.randn(2, 2, 2, 80, 16, generator=g)
+    sizes = {"top_k": 9, "block_size_k": 3, "sliding_window": 7, "num_sink_tokens": 2, "block_stride_k": stride}
+    first = torch.tensor([0, 4])
+    state = HiPDecodeState(2, 4, 80, head_group_size=shared, **sizes)
+    found = best_blocks(query, key, torch.full((2,), length), state, first).repeat_interleave(shared, 1)
+    mask = torch.arange(length) >= first[:, None]
+    _, choice = hip_attention(
+        query, key[:, :, :length], value[:, :, :length], attention_mask=mask, return_mask=True, sample_method="oracle",
+        head_group_size=shared, block_size_q=1, block_stride_q=1, **sizes,
+    )  # fmt: skip
+    width = choice.blocks.shape[-1]
+    assert torch.equal(found[..., :width], choice.blocks[:, :, 0])
+    assert (found[..., width:] == -1).all()
 
 
 @torch.no_grad()

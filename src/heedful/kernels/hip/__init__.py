@@ -14,8 +14,10 @@ from heedful.attention.hip import check_arguments
 from heedful.attention.hip.decode import HiPDecodeState, hip_decode
 from heedful.kernels._causal import check_mask, positions_in_documents, refuse, window_of
 from heedful.kernels.hip import bounded
+from heedful.kernels.hip.exact import best_blocks, due, renew
 from heedful.kernels.hip.record import TAIL, Choice, DeviceChoice, Tally
 from heedful.seam import AttentionCall, Kernel
+from heedful.seam.call import is_recording
 
 _NAME = "HiPAttention"
 
@@ -209,18 +211,17 @@ class HiPAttention(Kernel):
             )
         real, documents = self._read_mask(call, total)
         if call.phase == "decode":
-            if self._is_static(call):
+            static = self._is_static(call)
+            if static or self.trained_length is not None or self._exact:
                 first = _first_of_runs(real, call.query)
+                key, value = (x if static else x[:, :, :total] for x in (call.key, call.value))
                 if first is not None:
-                    return self._decode_on_device(call, tally, call.key, call.value, first)
-            elif self.trained_length is not None:
-                first = _first_of_runs(real, call.query)
-                if first is None:
+                    return self._decode_on_device(call, tally, key, value, first)
+                if self.trained_length is not None:
                     raise ValueError(
                         f"layer {call.layer}: with trained_length, HiPAttention decodes rows of real tokens behind left "
                         "padding; this mask has holes. Pad on the left."
                     )
-                return self._decode_on_device(call, tally, call.key[:, :, :total], call.value[:, :, :total], first)
             return self._decode(call, tally, real, total)
         return self._prefill(call, tally, real, documents, total)
 
@@ -252,8 +253,14 @@ class HiPAttention(Kernel):
 
     def _is_static(self, call: AttentionCall) -> bool:
         """Whether a decode step of this call can keep its choice on the device."""
-        tree = self.arguments["stages"] is None and self.decode_arguments["sample_method"] == "center"
-        return tree and isinstance(call.past, Tensor) and call.cache is not None
+        known = self.decode_arguments["sample_method"] in ("center", "oracle")
+        plain = self.arguments["stages"] is None and (known or self.trained_length is not None)
+        return plain and isinstance(call.past, Tensor) and call.cache is not None
+
+    @property
+    def _exact(self) -> bool:
+        """Whether decoding looks at every key, by a search of its own."""
+        return self.arguments["stages"] is None and self.decode_arguments["sample_method"] == "oracle"
 
     # ---- prefill
 
@@ -353,6 +360,11 @@ class HiPAttention(Kernel):
             "sink_logits": call.sinks,
         }
         if self.trained_length is None:
+            if self._exact:
+                renewed = due(choice.state, lengths, self.mask_refresh_interval)
+                if is_recording(query) or bool(renewed.any()):
+                    blocks = best_blocks(query, key, lengths, choice.state, first_real) if choice.state.nodes else None
+                    renew(choice.state, blocks, renewed, lengths)
             output = hip_decode(query, key, value, lengths, choice.state, impl=self.arguments["impl"], **given)
         else:
             if call.module not in self._rotations:
@@ -372,7 +384,7 @@ class HiPAttention(Kernel):
         if not fits or call.layer not in self._choices.get(call.cache, {}):
             raise ValueError(
                 f"layer {call.layer}: HiPAttention can be captured in a CUDA graph while it decodes one token over a static "
-                "cache, by the tree search (no stages, decode_sample_method='center'), after one such step outside the graph."
+                "cache, without stages and with decode_sample_method 'center' or 'oracle', after one such step outside the graph."
             )
         slot = torch.arange(call.key.shape[2], device=call.query.device)
         end = call.past + 1

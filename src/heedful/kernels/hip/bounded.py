@@ -19,7 +19,9 @@ from heedful.attention import HiPMask, hip_attention
 from heedful.attention.hip import reference
 from heedful.attention.hip.decode import HiPDecodeState, _slots
 from heedful.attention.hip.mask import NOWHERE, only_real
+from heedful.kernels.hip.exact import best_blocks, due, renew
 from heedful.seam import AttentionCall
+from heedful.seam.call import is_recording
 
 # Elements of the largest temporary of one chunk of query blocks.
 _CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 1 << 22, 1 << 26
@@ -290,18 +292,17 @@ def decode(
 ) -> Tensor:
     """`hip_decode`, with bounded positions for the rows that are beyond `trained_length`.
 
-    With `sample_method="center"` there is no host synchronisation on a GPU: what differs is decided on the device.
+    While a graph is captured, and on a GPU with `sample_method="center"`, nothing is asked: what differs is decided on the
+    device, and every step searches.
     """
     batch, kv_heads = key.shape[:2]
     beyond = (lengths - first_real > trained_length).view(batch, 1, 1)
     here = (lengths - 1 + offset).view(batch, 1, 1)
-    age = lengths[:, None] - state.chosen_at
-    due = (state.chosen_at < 0) | (age < 0) | (age >= refresh_interval)
-    if state.nodes and ((query.is_cuda and sample_method == "center") or bool(due.any())):
+    renewed = due(state, lengths, refresh_interval)
+    chosen = None
+    if state.nodes and (is_recording(query) or (query.is_cuda and sample_method == "center") or bool(renewed.any())):
         chosen = _choose(query, key, lengths, state, first_real, offset, rotation, beyond, here, sample_method)
-        state.blocks.copy_(torch.where(due[..., None], chosen, state.blocks))
-    state.chosen_at.copy_(torch.where(due, lengths[:, None].int(), state.chosen_at))
-    state.refreshes.add_(due)
+    renew(state, chosen, renewed, lengths)
 
     slots, visible = _slots(state, lengths, first_real, min(state.sliding_window + refresh_interval - 1, key.shape[2]))
     places = state.num_sink_tokens + state.nodes * state.block_size_k
@@ -345,11 +346,15 @@ def _choose(
     """The search of one row, over keys that are turned as they are read: int32 `(B, S, n)`."""
     batch, heads = query.shape[:2]
     kv_heads, size = key.shape[1], state.block_size_k
+    target = torch.where(beyond, state.sliding_window, here)
+    seeking = rotation.move(query, here.expand(-1, heads, -1), target.expand(-1, heads, -1))  # (B, Hq, 1, D)
+    if sample_method == "oracle":
+        own = torch.arange(key.shape[2], device=key.device) + offset[:, None, None]
+        moved = rotation.move(key, own, torch.where(beyond, 0, own))
+        return best_blocks(seeking, moved, lengths, state, first_real)
     origin = (first_real + state.num_sink_tokens).view(batch, 1, 1, 1)
     end = (lengths - state.sliding_window).view(batch, 1, 1, 1)
     within = torch.arange(0, size, state.block_stride_k, device=key.device)
-    target = torch.where(beyond, state.sliding_window, here)
-    seeking = rotation.move(query, here.expand(-1, heads, -1), target.expand(-1, heads, -1))  # (B, Hq, 1, D)
 
     def score(block: Tensor) -> Tensor:
         slots = ((origin + block * size)[..., None] + within).flatten(-2)[:, :, 0]  # (B, Hq, m)
@@ -361,10 +366,7 @@ def _choose(
         return reference.by_group(scores.unflatten(-1, (-1, len(within))).amax(-1), state.head_group_size)[:, :, None]
 
     available = (((end - origin).clamp(min=0) + size - 1) // size).expand(-1, heads, 1, 1)
-    if sample_method == "oracle":
-        start, width = reference._scan(score, available, state.nodes)  # type: ignore[arg-type]
-    else:
-        start, width = reference.tree(score, available, state.nodes, state.rounds, sample_method, None)  # type: ignore[arg-type]
+    start, width = reference.tree(score, available, state.nodes, state.rounds, sample_method, None)  # type: ignore[arg-type]
     chosen = torch.where(width > 0, start, key.shape[2]).sort(-1).values
     return torch.where(chosen < key.shape[2], chosen, -1)[:, :: state.head_group_size, 0].int()
 

@@ -1,0 +1,51 @@
+"""The exact search of decoding: one query looks at every key and takes the best blocks, in a few operations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from heedful.attention.hip import reference
+from heedful.attention.hip.decode import HiPDecodeState
+
+
+def due(state: HiPDecodeState, lengths: Tensor, refresh_interval: int) -> Tensor:
+    """Which choices of a state are to be renewed at this length, bool `(B, S)`."""
+    age = lengths[:, None] - state.chosen_at
+    return (state.chosen_at < 0) | (age < 0) | (age >= refresh_interval)
+
+
+def renew(state: HiPDecodeState, chosen: Tensor | None, due: Tensor, lengths: Tensor) -> None:
+    """Takes the blocks `chosen (B, S, n)` where they are due, in place."""
+    if chosen is not None:
+        state.blocks.copy_(torch.where(due[..., None], chosen, state.blocks))
+    state.chosen_at.copy_(torch.where(due, lengths[:, None].int(), state.chosen_at))
+    state.refreshes.add_(due)
+
+
+@torch.no_grad()
+def best_blocks(query: Tensor, key: Tensor, lengths: Tensor, state: HiPDecodeState, first_real: Tensor) -> Tensor:
+    """The best of all blocks that `hip_decode`'s tree searches: int32 `(B, S, n)`, ascending, -1 in empty places.
+
+    query `(B, Hq, 1, D)`, key `(B, Hkv, T, D)`. Products and ranks are float32; no host synchronisation. The scores take
+    `4 B Hq T` bytes.
+    """
+    batch, heads = query.shape[:2]
+    size = state.block_size_k
+    grouped = query.reshape(batch * key.shape[1], -1, query.shape[3])
+    flat = key.flatten(0, 1)
+    if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
+        scores = torch.bmm(grouped, flat.mT, out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(grouped, flat.mT).float()
+    scores = scores.view(batch, heads, -1)
+    origin = (first_real + state.num_sink_tokens)[:, None, None]
+    slots = origin + torch.arange(-(-key.shape[2] // size) * size, device=key.device)  # blocks count from here
+    hidden = slots >= (lengths - state.sliding_window)[:, None, None]
+    slots = slots.clamp(max=key.shape[2] - 1).expand(-1, heads, -1)
+    scores = scores.gather(-1, slots).masked_fill(hidden, -torch.inf)
+    scores = scores.unflatten(-1, (-1, size))[..., :: state.block_stride_k].amax(-1)  # (B, Hq, blocks)
+    scores = reference.by_group(scores, state.head_group_size)[:, :: state.head_group_size]
+    best = scores.topk(state.nodes)
+    chosen = torch.where(best.values > -torch.inf, best.indices, key.shape[2]).sort(-1).values
+    return torch.where(chosen < key.shape[2], chosen, -1).int()
