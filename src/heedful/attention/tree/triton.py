@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Up to this many keys, a tree of many rows is cut into small tiles instead of shares of the keys: merging would take longer.
-SHORT = 1024
+#: Up to this many keys, and of rows that small tiles put on the device at once, small tiles are faster than large ones that
+#: share the keys: merging would take longer.
+SHORT, FEW = 1024, 4096
 
 
 @triton.jit
@@ -306,19 +307,20 @@ class _Config(NamedTuple):
     block_n: int  # keys of a step
     num_warps: int
     num_stages: int
-    programs: int  # that one multiprocessor runs at a time: as many shares of the keys are made; 0: one share
+    programs: int  # that one multiprocessor runs at a time: as many shares of the keys are made
 
 
-def _config(rows: int, capacity: int, dim: int, dtype: torch.dtype) -> _Config:
+def _config(rows: int, pairs: int, capacity: int, dim: int, dtype: torch.dtype) -> _Config:
+    """For `rows` rows to each of `pairs` KV heads, all batch rows' together."""
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
         return _Config(16, 32, 4, 2, 2)
     wide = 2 if dim > 128 else 1
+    if capacity <= SHORT and pairs * rows <= FEW:
+        return _Config(16, 64, 4, 3, 1)
     if rows <= 16:
         return _Config(16, 128 // wide, 4, 3, 2 // wide)
     if rows <= 32:
         return _Config(32, 64, 4, 3, 2 // wide)
-    if rows > 64 and capacity <= SHORT:
-        return _Config(16, 64, 4, 3, 0)
     if rows <= 128:
         return _Config(64, 64, 4, 3, 2 // wide)
     return _Config(128, 64, 8, 3 if wide == 1 else 2, 1)
@@ -327,7 +329,7 @@ def _config(rows: int, capacity: int, dim: int, dtype: torch.dtype) -> _Config:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 4  # the interpreter's: enough for several shares
+        return 16  # the interpreter's: enough for several shares
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -362,13 +364,11 @@ def _launch(
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     group = heads // kv_heads
     rows = group * nodes
-    config = config or _config(rows, capacity, dim, query.dtype)
+    config = config or _config(rows, batch * kv_heads, capacity, dim, query.dtype)
     tail = min(config.block_n, 64)
     tiles = -(-rows // config.block_m)
     slots = _multiprocessors(query.device) * config.programs
-    splits = 1
-    if slots:
-        splits = _splits(batch * kv_heads * tiles, slots, min(128, -(-capacity // config.block_n)))
+    splits = _splits(batch * kv_heads * tiles, slots, min(128, -(-capacity // config.block_n)))
     output = torch.empty((batch, nodes, heads, dim), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, nodes, splits), dtype=torch.float32, device=query.device)
     if splits == 1:
