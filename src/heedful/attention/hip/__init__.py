@@ -117,10 +117,10 @@ def hip_attention(
         CPU core (6 heads of 64, float32) the time is 2.1 times that of PyTorch's fused dense attention at T = 4096,
         equal at 16k, half at 32k.
 
-        On an H100 (32 query and 8 key heads of 128, bfloat16, `block_stride_k=2`) the kernels take as long as the
-        fastest dense attention of PyTorch at 8k, 0.3 of its time at 32k, 0.09 at 128k; time grows 2.2 times with each
-        doubling (`benchmarks/operators/hip.py`). The staged scan visits every chunk, so it grows faster in the end:
-        2.4 times a doubling, even at 64k.
+        On one H100 (32 query and 8 key heads of 128, bfloat16, `block_stride_k=2`) the kernels take as long as the
+        fastest dense attention of PyTorch a little below 8k, 0.27 of its time at 32k and 0.085 at 128k; their time grows
+        2.2 times with each doubling. The staged scan visits every chunk: 2.4 times a doubling, level with dense
+        attention between 32k and 64k, 0.42 of its time at 128k (`benchmarks/operators/hip.py`).
 
     When not to use:
         Below some thousand tokens, where dense attention is faster and exact; where one key that stands out alone must

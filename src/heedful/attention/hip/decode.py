@@ -189,7 +189,9 @@ def hip_decode(
     Cost:
         Reads about `top_k + sliding_window + num_sink_tokens` keys and values a head; a refresh reads
         `2 * top_k * ceil(log2(length / top_k))` keys more (a `block_stride_k`-th of them). The search of a head runs on
-        one multiprocessor, so a refresh at batch 1 takes longer than the bytes alone would.
+        one multiprocessor, so a refresh at batch 1 takes longer than the bytes alone would. On one H100 (32 query and 8
+        key heads of 128, bfloat16, `block_stride_k=2`, CUDA graphs) a step at 128k takes 0.016 ms with a refresh every 8
+        steps and 0.061 ms with one each step, where dense attention takes 0.180; at 512k 0.018, 0.075 and 0.692 ms.
 
     When not to use:
         At some thousand tokens, where dense decoding costs as little. For several new tokens a row use `hip_attention`.
