@@ -23,6 +23,18 @@ def renew(state: HiPDecodeState, chosen: Tensor | None, due: Tensor, lengths: Te
     state.refreshes.add_(due)
 
 
+def products(query: Tensor, key: Tensor) -> Tensor:
+    """q.k of a few rows, `(B, Hq, R, T)` float32, without a wider copy of the keys where the device can do without."""
+    batch, heads, rows, _ = query.shape
+    grouped = query.reshape(batch * key.shape[1], -1, query.shape[3])
+    flat = key.flatten(0, 1)
+    if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
+        scores = torch.bmm(grouped, flat.mT, out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(grouped.float(), flat.float().mT)
+    return scores.view(batch, heads, rows, -1)
+
+
 @torch.no_grad()
 def best_blocks(query: Tensor, key: Tensor, lengths: Tensor, state: HiPDecodeState, first_real: Tensor) -> Tensor:
     """The best of all blocks that `hip_decode`'s tree searches: int32 `(B, S, n)`, ascending, -1 in empty places.
@@ -30,15 +42,8 @@ def best_blocks(query: Tensor, key: Tensor, lengths: Tensor, state: HiPDecodeSta
     query `(B, Hq, 1, D)`, key `(B, Hkv, T, D)`. Products and ranks are float32; no host synchronisation. The scores take
     `4 B Hq T` bytes.
     """
-    batch, heads = query.shape[:2]
-    size = state.block_size_k
-    grouped = query.reshape(batch * key.shape[1], -1, query.shape[3])
-    flat = key.flatten(0, 1)
-    if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
-        scores = torch.bmm(grouped, flat.mT, out_dtype=torch.float32)
-    else:
-        scores = torch.bmm(grouped, flat.mT).float()
-    scores = scores.view(batch, heads, -1)
+    heads, size = query.shape[1], state.block_size_k
+    scores = products(query, key)[:, :, 0]
     origin = (first_real + state.num_sink_tokens)[:, None, None]
     slots = origin + torch.arange(-(-key.shape[2] // size) * size, device=key.device)  # blocks count from here
     hidden = slots >= (lengths - state.sliding_window)[:, None, None]

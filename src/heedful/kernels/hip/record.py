@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heedful.attention import HiPMask
 from heedful.attention.hip.decode import HiPDecodeState
+from heedful.kernels.hip.exact import products
 
 # Latest keys by which a batch row is known again after beam search has reordered the cache.
 TAIL = 4
@@ -107,14 +108,12 @@ class Tally:
         """Adds the softmax mass that the chosen keys hold of dense attention, on `rows` rows of the later half."""
         if rows == 0 or mask.num_queries == 0:
             return
-        device, groups = query.device, query.shape[1] // key.shape[1]
         last = mask.num_queries - 1
-        row = torch.linspace(last // 2, last, min(rows, last + 1), device=device).round().long()
-        asked = query[:, :, row].float().unflatten(1, (-1, groups)) * scale
-        logits = (asked @ key[:, :, None].float().mT).flatten(1, 2)  # (B, Hq, R, Tk)
+        row = torch.linspace(last // 2, last, min(rows, last + 1), device=query.device).round().long()
+        logits = products(query[:, :, row], key) * scale  # (B, Hq, R, Tk)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        slots = torch.arange(mask.num_keys, device=device)
+        slots = torch.arange(mask.num_keys, device=query.device)
         at = mask.num_keys - mask.num_queries + row
         visible = (slots <= at[:, None])[None]
         if mask.attention_mask is not None:
