@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import time
 from collections import Counter
@@ -120,32 +122,38 @@ def recall_experiment(steps: int, seed: int = 0) -> dict[str, Any]:
 
 
 class FactRows:
-    """Rows of `tokens` ids: books with facts in them and questions at the end, the answers weighing more; and plain books."""
+    """Rows of `tokens` ids: books with facts in them and questions at the end, the answers weighing more; and plain books.
 
-    def __init__(self, corpus: Any, tokens: int, bos: int, seed: int) -> None:
-        self.corpus, self.tokens, self.bos, self.seed = corpus, tokens, bos, seed
+    All steps' rows are made ahead, on all cores: both models are trained on the same.
+    """
 
-    def batch(self, step: int, places: Iterable[int]) -> tuple[Tensor, Tensor]:
+    def __init__(self, corpus: Any, tokens: int, bos: int, seed: int, steps: int, size: int) -> None:
+        self.corpus, self.tokens, self.bos, self.seed, self.size = corpus, tokens, bos, seed, size
+        with multiprocessing.get_context("fork").Pool(max(1, (os.cpu_count() or 1) - 2)) as pool:
+            self.rows = pool.map(self._make, range(steps), chunksize=4)
+
+    def _make(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = [self._row(step, place) for place in range(self.size)]
+        return np.array([r for r, _ in rows], np.int32), np.array([w for _, w in rows], np.float32)
+
+    def _row(self, step: int, place: int) -> tuple[list[int], list[float]]:
         from heedful.training.refine import refinement_document
 
-        ids, weights = [], []
-        for place in places:
-            rng = np.random.default_rng([self.seed, step, place])
-            if place % 4 == 3:
-                start = int(rng.integers(len(self.corpus.books) - self.tokens))
-                row = self.corpus.books[start : start + self.tokens - 1].tolist()
-                share = [1.0] * len(row)
-            else:
-                length = int(rng.integers(self.tokens // 3, self.tokens - 300))
-                row, asked = refinement_document(rng, self.corpus, length)
-                row, asked = row[-(self.tokens - 1) :], asked[-(self.tokens - 1) :]
-                lead = self.tokens - 1 - len(row)
-                start = int(rng.integers(len(self.corpus.books) - lead))
-                row = self.corpus.books[start : start + lead].tolist() + row
-                share = [0.2] * lead + [8.0 if a else 0.2 for a in asked]
-            ids.append([self.bos, *row])
-            weights.append([0.0, *share])
-        return torch.tensor(ids), torch.tensor(weights)
+        rng = np.random.default_rng([self.seed, step, place])
+        if place % 4 == 3:
+            start = int(rng.integers(len(self.corpus.books) - self.tokens))
+            row = self.corpus.books[start : start + self.tokens - 1].tolist()
+            return [self.bos, *row], [0.0] + [1.0] * len(row)
+        row, asked = refinement_document(rng, self.corpus, int(rng.integers(self.tokens // 3, self.tokens - 300)))
+        row, asked = row[-(self.tokens - 1) :], asked[-(self.tokens - 1) :]
+        lead = self.tokens - 1 - len(row)
+        start = int(rng.integers(len(self.corpus.books) - lead))
+        row = self.corpus.books[start : start + lead].tolist() + row
+        return [self.bos, *row], [0.0] + [0.2] * lead + [8.0 if a else 0.2 for a in asked]
+
+    def batch(self, step: int, places: Iterable[int]) -> tuple[Tensor, Tensor]:
+        ids, weights = (torch.from_numpy(x[list(places)]) for x in self.rows[step])
+        return ids.long(), weights
 
 
 def make_corpus(tokenizer: Any, texts: list[str]) -> Any:
@@ -211,7 +219,9 @@ def classics_experiment(data: Path, steps: int, length: int, count: int, work: P
     }
     block = 63
     tokens = length - length // (block + 1)
-    rows = FactRows(corpus, tokens, tokenizer.bos_token_id, seed=0)
+    batch = 32
+    rows = FactRows(corpus, tokens, tokenizer.bos_token_id, 0, steps, batch)
+    print(f"rows made, {time.perf_counter() - began:.0f} s", flush=True)
     figures: dict[str, Any] = {"train_length_positions": length, "steps": steps, "block_size": block, "prompts": count, "recall": {}}
 
     def judge(name: str, model: Any, cached: bool) -> None:
@@ -219,7 +229,7 @@ def classics_experiment(data: Path, steps: int, length: int, count: int, work: P
         scores = {}
         for times, some in prompts.items():
             with torch.autocast("cuda", torch.bfloat16):
-                scores[f"{times}x ({times * length} tokens)"] = key_recall(model, tokenizer, some, max(1, 16 // times), cached)
+                scores[f"{times}x ({times * length} tokens)"] = key_recall(model, tokenizer, some, 25, cached)
         figures["recall"][name] = scores
         print(f"{name}: {scores}  {time.perf_counter() - began:.0f} s", flush=True)
         if not cached:
@@ -228,7 +238,7 @@ def classics_experiment(data: Path, steps: int, length: int, count: int, work: P
             figures.setdefault("bits_per_byte_at_the_training_length", {})[name] = bits
 
     judge("classics-20m as it is (trained at 4096)", fresh(), False)
-    options = {"steps": steps, "batch_size": 32, "length": length, "lr": 3e-4, "seed": 0, "progress": False, "resume": False}
+    options = {"steps": steps, "batch_size": batch, "length": length, "lr": 3e-4, "seed": 0, "progress": False, "resume": False}
     landmark = fresh()
     train_landmark(landmark, tokenizer, rows, work / "landmark", block_size=block, top_k=4, checkpoint_every=10**9, **options)
     print(f"landmarks trained, {time.perf_counter() - began:.0f} s", flush=True)
@@ -285,6 +295,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--data", type=Path, help="folder with train-0.jsonl.xz and validation.jsonl.xz")
     parser.add_argument("--steps", type=int, help="of the classics experiment")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of the recall experiment")
     parser.add_argument("--length", type=int, default=1024, help="positions of a training row")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -292,7 +303,10 @@ def main() -> None:
     out = arguments.out or RESULTS / "landmark.json"
     figures = json.loads(out.read_text())["figures"] if out.exists() else {}
     if arguments.part in (None, "recall"):
-        figures["key_value_recall"] = recall_experiment(600 if arguments.quick else 6000)
+        seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
+        runs = [recall_experiment(600 if arguments.quick else 6000, seed) for seed in seeds]
+        known = figures.setdefault("key_value_recall", {})
+        known.update({f"seed {seed}": run for seed, run in zip(seeds, runs, strict=True)})
     if arguments.part == "classics" or (arguments.part is None and arguments.data and torch.cuda.is_available()):
         steps = arguments.steps or (20 if arguments.quick else 600)
         count = 16 if arguments.quick else 100
@@ -303,12 +317,12 @@ def main() -> None:
 
 
 def judge_claim(figures: dict[str, Any]) -> bool:
-    """The card's acceptance for the small experiment; for the language model: retrieval beats the same training without it at 8x."""
+    """Small experiment: two blocks, at the paper's positions, answer 97 % at 16 blocks and 95 % at 32. Language model: retrieval beats the same training without it at 8x."""
     fine = True
     if "key_value_recall" in figures:
-        accuracy = figures["key_value_recall"]["accuracy"]
-        far = accuracy["32 blocks"]
-        fine &= accuracy["16 blocks"]["top-2, true positions"] >= 0.97 and far["top-2, true positions"] >= 0.95
+        for run in figures["key_value_recall"].values():
+            near, far = (run["accuracy"][f"{blocks} blocks"]["top-2, stingy positions"] for blocks in (16, 32))
+            fine &= near >= 0.97 and far >= 0.95
     if "classics-20m" in figures:
         recall = {name: list(scores.values())[-1] for name, scores in figures["classics-20m"]["recall"].items()}
         fine &= recall["landmarks, top-4 blocks retrieved"] > recall["the same fine-tuning without landmarks"]

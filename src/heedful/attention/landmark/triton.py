@@ -277,10 +277,10 @@ def _forward(
         gate_lane = tl.load(gate_at + batch * length + block) - start
         k = _load_tile(keys, batch_i, kv_head, start, D, BLOCK_N)
         token = tl.load(token_block + start + lanes, mask=start + lanes < length, other=-1) == block
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-        gate = tl.sum(tl.where((lanes == gate_lane)[None, :], logits, 0.0), 1)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        gate = tl.sum(tl.where((lanes == gate_lane)[None, :], logits, 0.0), 1) * scale2
         logits = tl.where(token[None, :], logits, float("-inf"))
-        weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+        weights = tl.exp2(logits * scale2 - (tl.max(logits, 1) * scale2)[:, None])
         new_top = tl.maximum(top, gate)
         share = tl.exp2(gate - new_top)
         kept = tl.exp2(top - new_top)
@@ -440,10 +440,10 @@ def _gradient_tile(
 @triton.jit
 def _gradient_solo(q, d_out, k, v, token, gate, row_lse, delta, scale2, PRECISION: tl.constexpr):
     """The same where the tile is one block and its landmark, and all rows are behind it; the landmark's is among the scores'."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
-    share = tl.exp2(tl.sum(tl.where(gate[None, :], logits, 0.0), 1) - row_lse)
+    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    share = tl.exp2(tl.sum(tl.where(gate[None, :], logits, 0.0), 1) * scale2 - row_lse)
     logits = tl.where(token[None, :], logits, float("-inf"))
-    weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
+    weights = tl.exp2(logits * scale2 - (tl.max(logits, 1) * scale2)[:, None])
     total = tl.sum(weights, 1)
     d_weights = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
     mean = tl.sum(weights * d_weights, 1) / total
@@ -567,12 +567,12 @@ def _backward_rows(
             d_logits = weights * (d_weights - mean[:, None])
             acc = tl.dot(d_logits.to(k.dtype), k, acc, input_precision=PRECISION)
             at = begin + lanes
-            place = (of_kv + at)[:, None] * D + dims[None, :]
+            of_key = (of_kv + at)[:, None] * D + dims[None, :]
             mine = (tl.load(token_block + at, mask=at < length, other=-1) == block)[:, None]
             d_v = tl.dot(tl.trans(weights.to(v.dtype)), d_out, input_precision=PRECISION)
             d_k = tl.dot(tl.trans(d_logits.to(k.dtype)), q, input_precision=PRECISION) * scale
-            tl.atomic_add(d_value + place, d_v, mask=mine, sem="relaxed")
-            tl.atomic_add(d_key + place, d_k, mask=mine, sem="relaxed")
+            tl.atomic_add(d_value + of_key, d_v, mask=mine, sem="relaxed")
+            tl.atomic_add(d_key + of_key, d_k, mask=mine, sem="relaxed")
         if behind:
             d_gate = tl.where(earlier, mass * (mean - row_delta), 0.0)
             gate_k = _load_tile(gate_keys, batch_i, kv_head, block, D, SLOTS)
@@ -716,8 +716,8 @@ def _config(dim: int, dtype: torch.dtype) -> _Config:
         tile = _Tile(32, 32, 4, 1)
         return _Config(tile, tile, tile)
     if dim <= 128:
-        return _Config(_Tile(128, 128, 8, 2), _Tile(64, 64, 4, 2), _Tile(64, 64, 4, 2))
-    return _Config(_Tile(64, 64, 4, 2), _Tile(64, 32, 4, 1), _Tile(32, 32, 4, 1))
+        return _Config(_Tile(64, 64, 4, 3), _Tile(64, 64, 4, 2), _Tile(128, 64, 8, 1))
+    return _Config(_Tile(64, 64, 8, 2), _Tile(64, 32, 8, 1), _Tile(64, 32, 8, 1))
 
 
 class _Plan(NamedTuple):

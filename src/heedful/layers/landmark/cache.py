@@ -433,7 +433,7 @@ class LandmarkCache(Cache):
             tokens = torch.where(given, tokens, -1)
             after = self.tokens + given.sum(1)
             widths = after - self.tokens + after // self.block_size - self.tokens // self.block_size
-            width = int(widths.max()) if batch else 0
+            width = max(1, int(widths.max()) if batch else 0)
         step = insertion(tokens, self.block_size, width)
         step.cache = self
         step.finished = self.tokens // self.block_size
@@ -475,10 +475,10 @@ class LandmarkCache(Cache):
         return step
 
     def finish(self) -> None:
-        """Counts the tokens of the call that `begin` or `begin_slots` planned."""
+        """Counts the tokens of the call that `begin` or `begin_slots` planned; `columns` is for who called `begin` to count."""
         tokens, columns, ragged = self._planned
-        self.columns += columns
         if tokens is None:
+            self.columns += columns
             self.most_slots = (self.most_slots or 0) + columns
             return
         assert self.tokens is not None

@@ -228,7 +228,8 @@ def _enable(model: PreTrainedModel, decoder: Any) -> None:
 
 @functools.cache
 def _landmark_class(decoder: type) -> type:
-    return type(f"Landmark{decoder.__name__}", (_LandmarkDecoder, decoder), {"__module__": decoder.__module__})
+    # By its old name: transformers looks classes up by it, to record hidden states and to save.
+    return type(decoder.__name__, (_LandmarkDecoder, decoder), {"__module__": decoder.__module__})
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:
@@ -302,20 +303,19 @@ class _LandmarkDecoder:
             return self._run(input_ids, inputs_embeds, step, kwargs)
         chunk = options["train_length"] // (cache.block_size + 1) - cache.top_k - 1
         chunk = max(1, chunk) * cache.block_size
-        outputs = []
-        for first in range(0, max(columns, 1), chunk):
-            some = slice(first, min(first + chunk, columns))
-            part = None if real is None else real[:, some]
+        outputs, parts = [], _chunks(real, columns, chunk)
+        for some, part in parts:
             step = cache.begin(batch, part, given[:, some].shape[1], given.device)
             ids, embeds = (None if x is None else x[:, some] for x in (input_ids, inputs_embeds))
             outputs.append(self._run(ids, embeds, step, kwargs))
             cache.finish()
+        cache.columns += columns
         result = outputs[-1]
         result.past_key_values = cache
-        if len(outputs) > 1:
-            result.last_hidden_state = torch.cat([x.last_hidden_state for x in outputs], 1)
-            if result.get("hidden_states") is not None:
-                result.hidden_states = tuple(torch.cat(x, 1) for x in zip(*(y.hidden_states for y in outputs), strict=True))
+        result.last_hidden_state = _join([x.last_hidden_state for x in outputs], parts, columns)
+        if result.get("hidden_states") is not None:
+            layers = zip(*(x.hidden_states for x in outputs), strict=True)
+            result.hidden_states = tuple(_join(list(x), parts, columns) for x in layers)
         return result
 
     def _run(self, ids: Tensor | None, embeds: Tensor | None, step: LandmarkStep, kwargs: dict[str, Any]) -> Any:
@@ -340,6 +340,31 @@ class _LandmarkDecoder:
         if result.get("hidden_states") is not None:
             result.hidden_states = tuple(text(x) for x in result.hidden_states)
         return result
+
+
+def _chunks(real: Tensor | None, columns: int, size: int) -> list[tuple[slice, Tensor | None]]:
+    """Columns of `size` tokens in each row, and which of them are in the chunk: a row's chunks do not depend on its padding."""
+    if real is None:
+        return [(slice(first, min(first + size, columns)), None) for first in range(0, max(columns, 1), size)]
+    number = real.cumsum(1) - 1
+    parts: list[tuple[slice, Tensor | None]] = []
+    for first in range(0, max(1, int(real.sum(1).max())), size):
+        mine = real & (number >= first) & (number < first + size)
+        used = mine.any(0).nonzero()
+        some = slice(int(used.min()), int(used.max()) + 1) if len(used) else slice(0, columns)
+        parts.append((some, mine[:, some]))
+    return parts
+
+
+def _join(pieces: list[Tensor], parts: list[tuple[slice, Tensor | None]], columns: int) -> Tensor:
+    """Rows of the chunks in their columns."""
+    if parts[0][1] is None:
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    whole = pieces[0].new_zeros(pieces[0].shape[0], columns, pieces[0].shape[2])
+    for piece, (some, mine) in zip(pieces, parts, strict=True):
+        assert mine is not None
+        whole[:, some] = torch.where(mine[..., None], piece, whole[:, some])
+    return whole
 
 
 def _cache(given: Any, use_cache: bool | None, options: dict[str, Any]) -> LandmarkCache | None:
@@ -386,7 +411,7 @@ def _whole(real: Tensor | None, position_ids: Tensor | None, given: Tensor, bloc
         step.real = None
         return step
     closes = (tokens >= 0) & (tokens % block_size == block_size - 1)
-    width = int(((tokens >= 0).sum(1) + closes.sum(1)).max()) if batch else 0
+    width = max(1, int(((tokens >= 0).sum(1) + closes.sum(1)).max()) if batch else 0)
     step = insertion(tokens, block_size, width)
     step.packed = packed
     return step
