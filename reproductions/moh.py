@@ -4,7 +4,7 @@ Part 1, from scratch: character language models of 2 layers and 8 heads, with al
 (2 shared, the others routed), equal parameters but for the routers.
 Part 2, continued training: classics-20m converted by the norms of its queries. `round(0.75 * 6)` is 4 of its 6 heads (3
 shared, 1 of 3 routed). It is trained on at most a tenth of the tokens it was pretrained on: books it has seen, and recall
-tasks as in its pretraining. The control is trained in the same way with routed heads drawn at random for each token.
+tasks of its pretraining. The control is trained in the same way with routed heads drawn at random for each token.
 
     python reproductions/moh.py --books train-0.jsonl.xz --held-out validation.jsonl.xz     # about 5 minutes on one GPU
     python reproductions/moh.py --part scratch --out scratch.json                            # part 1 alone
@@ -39,7 +39,8 @@ from heedful.training.evaluate import bits_per_byte
 from heedful.training.recall import Vocabulary
 
 PRETRAINED_ON = 895e6  # tokens
-CONTEXT = 4096
+CONTEXT = 4096  # of the books' bits per byte
+LENGTH = 1024  # of the rows of continued training
 
 
 # ---- part 1
@@ -196,14 +197,14 @@ def train(corpus: Corpus, tokenizer: Any, steps: int, options: dict[str, Any], d
     """classics-20m after `steps` steps, and the seconds they took."""
     model = load(device)
     rows = Rows(
-        corpus, rows=options["batch"], length=CONTEXT, shares=(1 - options["recall"], 0.0, options["recall"]), first_step=0,
+        corpus, rows=options["batch"], length=LENGTH, shares=(1 - options["recall"], 0.0, options["recall"]), first_step=0,
         steps=steps, seed=1,
     )  # fmt: skip
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         train_moh(
             model, tokenizer, Ahead(rows, 5 if device == "cuda" else 0), folder, active_ratio=options["active_ratio"],
-            shared_ratio=options["shared_ratio"], steps=steps, batch_size=options["batch"], length=CONTEXT, lr=options["lr"],
+            shared_ratio=options["shared_ratio"], steps=steps, batch_size=options["batch"], length=LENGTH, lr=options["lr"],
             distillation=options["distillation"], checkpoint_every=10**9, progress=False,
         )  # fmt: skip
         lines = (Path(folder) / "training" / "log.jsonl").read_text().splitlines()
@@ -237,14 +238,14 @@ def continued(
             show("random heads", model)
     name = "random heads, trained" if control else "converted, trained"
     with random_routing() if control else contextlib.nullcontext():
-        few, more = (train(corpus, tokenizer, n, options, device)[1] for n in (4, 16))
-        a_step = max(more - few, more / 100) / 12
-        steps = min(int(PRETRAINED_ON / 10 / (options["batch"] * CONTEXT)), max(1, int(seconds / a_step)))
+        few, more = (train(corpus, tokenizer, n, options, device)[1] for n in (4, 24))
+        a_step = max(more - few, more / 2) / 20
+        steps = min(int(PRETRAINED_ON / 10 / (options["batch"] * LENGTH)), max(1, int(seconds / a_step)))
         print(f"{a_step:.3f} s a step: {steps} steps", flush=True)
         model, took = train(corpus, tokenizer, steps, options, device)
         show(name, model)
     figures[name] |= {
-        "steps": steps, "tokens_millions": round(steps * options["batch"] * CONTEXT / 1e6, 1), "train_seconds": round(took, 1),
+        "steps": steps, "tokens_millions": round(steps * options["batch"] * LENGTH / 1e6, 1), "train_seconds": round(took, 1),
     }  # fmt: skip
     return figures
 
@@ -264,12 +265,12 @@ def main() -> None:
     shared = Path(__file__).resolve().parents[2] / "shared" / "data" / "classics"
     parser.add_argument("--books", type=Path, default=shared / "train-0.jsonl.xz")
     parser.add_argument("--held-out", type=Path, default=shared / "validation.jsonl.xz")
-    parser.add_argument("--part", choices=("all", "scratch", "control"), default="all")
+    parser.add_argument("--part", choices=("all", "scratch", "tuned", "control"), default="all")
     parser.add_argument("--seeds", type=int, default=3, help="of the character models")
     parser.add_argument("--seconds", type=float, default=150, help="of continued training, at most")
-    parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--batch", type=int, default=6)
-    parser.add_argument("--recall", type=float, default=0.2, help="share of recall rows")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--recall", type=float, default=0.08, help="share of recall rows")
     parser.add_argument("--distillation", type=float, default=1.0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -284,8 +285,9 @@ def main() -> None:
     if arguments.part == "scratch":
         arguments.out.write_text(json.dumps(from_scratch(books, held_out, arguments.seeds, device)))
         return
-    if arguments.part == "control":
-        arguments.out.write_text(json.dumps(continued(books, held_out, arguments.seconds, options, True, device)))
+    if arguments.part in ("tuned", "control"):
+        control = arguments.part == "control"
+        arguments.out.write_text(json.dumps(continued(books, held_out, arguments.seconds, options, control, device)))
         return
     with tempfile.TemporaryDirectory() as folder:
         others = [beside(part, arguments, folder) for part in ("scratch", "control")]

@@ -39,7 +39,7 @@ def plain(layer: MixtureOfHeads, x: Tensor) -> Tensor:
 
 def replayed(run: Callable[[], Any]) -> float:
     """Milliseconds of a call in the replay of a CUDA graph."""
-    return float(do_bench_cudagraph(run, rep=10, return_mode="median"))
+    return float(do_bench_cudagraph(run, rep=2, return_mode="median"))
 
 
 def with_limit(limit: int, run: Any) -> Any:
@@ -123,4 +123,5 @@ def measure(bench: Bench) -> None:
         for share in SHARES:
             for length in lengths:
                 measure_layer(bench, dim, share, length)
-            measure_parts(bench, dim, share, lengths[-2])
+        for share in SHARES:
+            measure_parts(bench, dim, share, 8192 if bench.quick else 16384)
