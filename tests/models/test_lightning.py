@@ -119,7 +119,7 @@ def test_trains_under_the_trainer(tmp_path):
         save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=data).train()
-    assert float(model.eval()(row[None], labels=row[None]).loss) < before / 2
+    assert model.eval()(row[None], labels=row[None]).loss.item() < before / 2
 
 
 def test_wrong_use_is_refused(model, ids):

@@ -83,7 +83,7 @@ def lightning_attention(
 
     Cost:
         About `2 T Hq (C (D + E) + 2 D E)` floating-point operations with tiles of C = 64 tokens, forward; backward 2.5 times
-        as many. Memory beside the output: a state for each segment of a long sequence (D * E floats a head and up to 8192
+        as many. Memory beside the output: a state for each segment of a long sequence (D * E floats a head and up to 32768
         tokens), nothing that grows with T squared. Where there are few sequences and heads, long sequences are cut into
         segments that run side by side, and keys and values are read twice, except where all weights have decayed to zero
         (below 2^-150): there a NaN or infinity is not looked at either.
