@@ -58,7 +58,8 @@ def convert_to_moh(
     Args:
         model: A transformers model whose attention goes through transformers' interface (Llama, Qwen, Mistral, Gemma, ViT
             and most others), on its "sdpa" or "eager" implementation. Converting again sets other ratios.
-        active_ratio: Share of the query heads that each token has. 1 leaves every bit as it is.
+        active_ratio: Share of the query heads that each token has, rounded (a half to the even number: of 6 heads, 0.75 makes
+            4). 1 leaves every bit as it is.
         shared_ratio: Share of the query heads that all tokens have; at most `active_ratio`.
         attention: What computes the heads: "sdpa" or "eager", all of them, then zeros; "routed", only the chosen ones
             (`heedful.attention.routed_attention`: on a GPU skips scores and the product with the values). None: what the model
