@@ -1,11 +1,11 @@
 """The engine on a GPU against transformers' generate and the memory limit: Llama-8B shape, random weights, bf16, batch 1.
 
-    python benchmarks/engine.py [--layers 32] [--tokens 256] [--prompt 128] [--skip-peers] [--out FILE]
+    python benchmarks/engine.py [--layers 32] [--tokens 256] [--prompt 128] [--forms graph compiled] [--skip-peers] [--out FILE]
 
-All in one run: reading the weights once, `generate` with a dynamic cache, `generate` with a static cache and torch.compile,
-heedful's plain loop (graph, and graph with compile), a verify step of 64 nodes, and an oracle drafter that replays a known
-continuation with 1, 2 or 3 right tokens below the root (2, 3, 4 tokens a step). Prints a table, writes
-``reproductions/results/engine-<device>.json``.
+All in one run: reading the weights once, heedful's plain loop (in CUDA graphs, and in graphs of a compiled forward), a verify
+step of 64 nodes, `generate` with a static cache and torch.compile, `generate` with a dynamic cache, and an oracle drafter that
+replays a known continuation with 1, 2 or 3 right tokens below the root (2, 3, 4 tokens a step). Prefill and compilation are in
+none of the rates. Prints a table, writes ``reproductions/results/engine-<device>.json``.
 """
 
 from __future__ import annotations
@@ -17,18 +17,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
 
 import heedful
-from heedful.decoding import DeviceDrafter, DeviceStep, Drafter, release_graphs
+from heedful.decoding import DeviceDrafter, DeviceStep, Drafter
 
 HERE = Path(__file__).parent
+
+
+class After(StoppingCriteria):
+    """Stops at a length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length, device=input_ids.device)
 
 
 class Oracle(Drafter):
@@ -114,7 +124,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--skip-peers", action="store_true", help="without transformers' own generate")
     parser.add_argument("--forms", nargs="+", choices=["graph", "compiled"], default=["graph", "compiled"])
-    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches, measure nothing")
+    parser.add_argument("--start", type=Path, help="compile, then wait until this file exists: for a shared device")
     parser.add_argument("--profile", action="store_true", help="print the kernels that a plain and a 64-node step take")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -140,7 +150,7 @@ def main() -> None:
     device = torch.cuda.get_device_name()
     results = {
         "figures": figures,
-        "setting": {k: v for k, v in vars(arguments).items() if k != "out"},
+        "setting": {k: v for k, v in vars(arguments).items() if k not in ("out", "start")},
         "device": device,
         "date": datetime.date.today().isoformat(),
         "commit": git.stdout.strip() or "unknown",
@@ -157,85 +167,72 @@ def main() -> None:
     def ours(drafter: Drafter | None, number: int, compile: bool) -> Any:
         return heedful.generate(model, ids, drafter, engine="graph", compile=compile, max_new_tokens=number, **options)
 
-    if arguments.compile_only:
-        for drafter in (None, Oracle(torch.zeros(1, dtype=torch.long, device="cuda"), 0)):
-            ours(drafter, 4, True)
-            release_graphs(model)
-        model.generate(ids, max_new_tokens=tokens, cache_implementation="static", **options)
-        return
+    def static(number: int | None = None) -> Any:
+        """transformers' compiled generate, its cache for all tokens; stopped after some, the cache is the same."""
+        stop = {} if number is None else {"stopping_criteria": StoppingCriteriaList([After(arguments.prompt + number)])}
+        return model.generate(ids, max_new_tokens=tokens, cache_implementation="static", **options, **stop)
+
+    # What is compiled and captured first: none of it belongs to the figures that follow.
+    forms = {name: name == "compiled" for name in arguments.forms}
+    wrong = Oracle(torch.zeros(1, dtype=torch.long, device="cuda"), 0)
+    for form, compile in forms.items():
+        for drafter, what in ((None, "plain"), (wrong, "64 nodes")):
+            held, began = torch.cuda.memory_allocated(), perf_counter()
+            stats = ours(drafter, 8, compile).stats
+            note(f"{what}, {form}: first call", perf_counter() - began, "s")
+            note(f"{what}, {form}: of it capturing", stats.capture_seconds, "s")
+            note(f"{what}, {form}: memory of graphs and cache", (torch.cuda.memory_allocated() - held) / 2**20, "MiB")
+    if not arguments.skip_peers:
+        began = perf_counter()
+        static(4)
+        note("transformers generate, static cache, compiled: first call", perf_counter() - began, "s")
+    while arguments.start is not None and not arguments.start.exists():
+        sleep(0.1)
 
     once, bandwidth = read_once(model)
     torch.cuda.empty_cache()
     limit = 1 / once
     note("bandwidth of a plain read", bandwidth / 1e12, "TB/s")
     note("weights read once", limit)
-
-    for form in arguments.forms:
-        compile, name = form == "compiled", "graph" if form == "graph" else "graph, compiled"
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        began = perf_counter()
-        first = ours(None, 8, compile)
-        note(f"heedful plain, {name}: first call", perf_counter() - began, "s")
-        note(f"heedful plain, {name}: of it capturing", first.stats.capture_seconds, "s")
+    known: dict[str, Tensor] = {}
+    for form, compile in forms.items():
         took = seconds(lambda n, c=compile: ours(None, n, c), tokens)
-        note(f"heedful plain, {name}", tokens / took)
-        note(f"heedful plain, {name}: of the read-once rate", tokens / took / limit)
-        note(
-            f"heedful plain, {name}: memory of graphs and cache", (torch.cuda.memory_allocated() - held) / 2**20, "MiB"
-        )
-        plain_step = took / tokens
-        began = perf_counter()
-        wrong = Oracle(torch.zeros(1, dtype=torch.long, device="cuda"), 0)
-        ours(wrong, 8, compile)
-        note(f"64 nodes, {name}: first call", perf_counter() - began, "s")
-        known = ours(wrong, tokens + 64, compile)
-        step = known.stats.verify_seconds / known.stats.steps
-        note(f"64 nodes, {name}: verify step", 1e3 * step, "ms")
-        note(f"64 nodes, {name}: over a plain step", step / plain_step, "")
+        note(f"plain, {form}", tokens / took)
+        note(f"plain, {form}: of the read-once rate", tokens / took / limit, "")
+        run = ours(wrong, tokens + 64, compile)
+        known[form] = run.sequences[0]
+        step = run.stats.verify_seconds / run.stats.steps
+        note(f"64 nodes, {form}: verify step", 1e3 * step, "ms")
+        note(f"64 nodes, {form}: over a plain step", step * tokens / took, "")
         if arguments.profile:
-            for drafter, kind in ((None, "plain"), (wrong, "64")):
-                trace = out.with_name(f"{out.stem}-{kind}-{form}-trace.json")
+            for drafter, what in ((None, "plain"), (wrong, "64")):
+                trace = out.with_name(f"{out.stem}-{what}-{form}-trace.json")
                 print_kernels(lambda d=drafter, c=compile: ours(d, 24, c), trace)
-        for right in (1, 2, 3):
+    peers: dict[str, float] = {}
+    if not arguments.skip_peers:
+        static()
+        took = seconds(lambda n: static(1 if n == 1 else None), tokens - 1, 1)
+        peers["compiled generate"] = (tokens - 1) / took
+        note("transformers generate, static cache, compiled", peers["compiled generate"])
+        model.generate(ids, max_new_tokens=4, **options)
+        peers["generate"] = 64 / seconds(lambda n: model.generate(ids, max_new_tokens=n, **options), 64, 1)
+        note("transformers generate", peers["generate"])
+    for form, compile in forms.items():
+        text = known[form]
+        for right in (2, 1, 3):
             # With random weights near ties are many, and which token wins one depends on the node that computes it: replay until
             # the continuation is the one that comes out when it is replayed.
-            text = known.sequences[0]
-            for _ in range(12):
+            for _ in range(8):
                 oracle = Oracle(text, right)
                 result = ours(oracle, tokens + 16, compile)
                 if torch.equal(result.sequences[0], text[: result.sequences.shape[1]]):
                     break
                 text = torch.cat([result.sequences[0], text[result.sequences.shape[1] :]])
-            note(f"oracle of {right + 1}, {name}: tokens a step", result.stats.tokens_per_step, "")
-            note(
-                f"oracle of {right + 1}, {name}", tokens / seconds(lambda n, o=oracle, c=compile: ours(o, n, c), tokens)
-            )
-        release_graphs(model)
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
-    if not arguments.skip_peers:
-        model.generate(ids, max_new_tokens=4, **options)
-        generate = 64 / seconds(lambda n: model.generate(ids, max_new_tokens=n, **options), 64, 1)
-        note("transformers generate", generate)
-        compiled = {"cache_implementation": "static"}
-        began = perf_counter()
-        # One length for warm-up and run, so that the cache and the compiled graph are the same.
-        for _ in range(2):
-            model.generate(ids, max_new_tokens=tokens, **options, **compiled)
-        note("transformers generate, static cache, compiled: warm-up", perf_counter() - began, "s")
-        torch.cuda.synchronize()
-        began = perf_counter()
-        model.generate(ids, max_new_tokens=tokens, **options, **compiled)
-        torch.cuda.synchronize()
-        static = tokens / (perf_counter() - began)
-        note("transformers generate, static cache, compiled", static)
-    if not arguments.skip_peers:
-        for name in ("graph", "graph, compiled"):
-            for n in (2, 3, 4):
-                if (speed := figures.get(f"oracle of {n}, {name}")) is not None:
-                    note(f"oracle of {n}, {name}: over generate", speed / generate, "x")
-                    note(f"oracle of {n}, {name}: over compiled generate", speed / static, "x")
+            speed = tokens / seconds(lambda n, o=oracle, c=compile: ours(o, n, c), tokens)
+            note(f"oracle of {right + 1}, {form}: tokens a step", result.stats.tokens_per_step, "")
+            note(f"oracle of {right + 1}, {form}", speed)
+            for peer, rate in peers.items():
+                note(f"oracle of {right + 1}, {form}: over {peer}", speed / rate, "x")
     print(f"written to {out}")
 
 
