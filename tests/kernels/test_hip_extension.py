@@ -154,13 +154,18 @@ def test_decoding_is_the_prefill_of_a_block_of_one(refresh, softcap, method):
 def test_no_distance_is_longer_than_what_was_trained(monkeypatch):
     rotation, _, _, query, key, value, _, offset = rotated(batch=1)
     far = []
-    move = Rotation.move
+    move, place = Rotation.move, Rotation.place
 
     def watch(self, x, source, target):
         far.append((int(torch.as_tensor(target).min()), int(torch.as_tensor(target).max())))
         return move(self, x, source, target)
 
+    def watch_place(self, x, target, most):
+        far.append((int(target.min()), int(target.max())))
+        return place(self, x, target, most)
+
     monkeypatch.setattr(Rotation, "move", watch)
+    monkeypatch.setattr(Rotation, "place", watch_place)
     sizes = {"top_k": 6, "block_size_q": 8, "sliding_window": 9, "num_sink_tokens": 2, "block_size_k": 2}
     given = {"scale": 1.0, "softcap": None, "sink_logits": None}
     bounded.prefill(query[:, :, 40:], key, value, None, offset, rotation, 26, **given, **sizes)

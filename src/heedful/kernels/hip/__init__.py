@@ -348,7 +348,7 @@ class HiPAttention(Kernel):
     ) -> Tensor:
         """One row, without a word to the host once its buffers are there."""
         query = call.query
-        lengths = (torch.as_tensor(call.past, device=query.device) + 1).expand(len(query)).long()
+        lengths = (torch.as_tensor(call.past, device=query.device) + 1).long().expand(len(query)).contiguous()
         choice = self._device_choice(call, tally, key)
         choice.recognise(key, lengths)
         before = choice.state.chosen_at.clone()

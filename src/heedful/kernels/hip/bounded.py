@@ -106,7 +106,6 @@ class Rotation:
 
     def move(self, x: Tensor, source: Tensor, target: Tensor | int) -> Tensor:
         """Turns `x (..., D)`, that stands at positions `source (...)`, to positions `target`; float32 or float64."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
         then = self._angle(source)
         cos, sin = then.cos(), -then.sin()
         if isinstance(target, Tensor):
@@ -114,9 +113,22 @@ class Rotation:
             cos, sin = now.cos() * cos - now.sin() * sin, now.sin() * cos + now.cos() * sin
         elif target != 0:
             raise ValueError("a number as target must be 0")
-        width = 2 * self.frequencies.shape[0]
-        left, right, rest = x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
-        return torch.cat((left * cos - right * sin, right * cos + left * sin, rest), -1)
+        return _turn(x.to(torch.promote_types(x.dtype, torch.float32)), cos, sin)
+
+    def place(self, x: Tensor, target: Tensor, most: int) -> Tensor:
+        """Turns `x (..., D)`, that stands at 0, to positions `target (...)` from `-most` to 0."""
+        table = self._angle(torch.arange(-most, 1, device=x.device))
+        place = target + most
+        return _turn(x, table.cos()[place], table.sin()[place])
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the channel pairs (i, i + R / 2) of `x (..., D)` by angles whose cos and sin are `(..., R / 2)`."""
+    half = cos.shape[-1]
+    left, right, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    turned = (torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(right * cos, left, sin))
+    return torch.cat((*turned, rest) if rest.shape[-1] else turned, -1)
 
 
 def offsets(call: AttentionCall, real: Tensor) -> Tensor:
@@ -257,8 +269,7 @@ def attend(
         target = listed.cumsum(-1) - 1 - listed.sum(-1, keepdim=True)  # -n .. -1; the window begins at 0
         source = (slot + offset[:, None, None])[:, None, None]
         away = rotation.move(rotated, source, (slot - start)[:, None, None])
-        turned = _at(bare, chosen)
-        turned = rotation.move(turned, torch.zeros_like(target), target)
+        turned = rotation.place(_at(bare, chosen), target, places)
         far = _logits(away * scale, turned, chosen[..., None, :] < start[:, None, None, ..., None], softcap)
 
         window = slot[:, :1] + 1 - mask.sliding_window + torch.arange(width, device=device)  # (c, w)
@@ -266,9 +277,8 @@ def attend(
         seen = (window[..., None, :] >= start[:, None, None, ..., None]) & (window[..., None, :] <= slot[..., None])
         near = _logits(rotated.to(far.dtype) * scale, _at(key, window).to(far.dtype), seen, softcap)
 
-        weights = _softmax(torch.cat((far, near), -1), sink_logits)
-        output = weights[..., : far.shape[-1]] @ _at(value, chosen, 0).to(far.dtype)
-        output = output + weights[..., far.shape[-1] :] @ _at(value, window, 0).to(far.dtype)
+        far_values, near_values = (_at(value, at, 0).to(far.dtype) for at in (chosen, window))
+        output = _weighted(far, far_values, near, near_values, sink_logits)
         outputs.append(output.to(query.dtype).flatten(1, 2).flatten(2, 3))
     return torch.cat(outputs, 2)[:, :, :queries]
 
@@ -322,11 +332,9 @@ def decode(
     far = _logits(away * scale, turned, visible[..., :places], softcap)
     rows = query.unflatten(1, (kv_heads, -1)).to(far.dtype) * scale
     near = _logits(rows, _at(key, window).to(far.dtype), visible[..., places:], softcap)
-    weights = _softmax(torch.cat((far, near), -1)[:, :, :, None], None if sink_logits is None else sink_logits)[
-        :, :, :, 0
-    ]
-    output = weights[..., :places] @ _at(value, chosen).to(far.dtype)
-    output = output + weights[..., places:] @ _at(value, window).to(far.dtype)
+    far_values, near_values = (_at(value, at).to(far.dtype) for at in (chosen, window))
+    far, far_values, near, near_values = (x[:, :, :, None] for x in (far, far_values, near, near_values))
+    output = _weighted(far, far_values, near, near_values, sink_logits)[:, :, :, 0]
     return output.to(query.dtype).flatten(1, 2)
 
 
@@ -388,12 +396,17 @@ def _logits(query: Tensor, key: Tensor, visible: Tensor, softcap: float | None) 
     return logits.masked_fill(~visible, -torch.inf)
 
 
-def _softmax(logits: Tensor, sink_logits: Tensor | None) -> Tensor:
-    """Softmax over the last axis of `(B, Hkv, G, c, r, keys)`, 0 for rows of -inf; sinks take their share."""
-    if sink_logits is None:
-        peak = logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)
-        weights = (logits - peak).exp()
-        total = weights.sum(-1, keepdim=True)
-        return weights / total.masked_fill(total == 0, 1.0)
-    sinks = sink_logits.to(logits.dtype).view(1, logits.shape[1], -1, 1, 1, 1).expand(*logits.shape[:-1], 1)
-    return torch.cat((logits, sinks), -1).softmax(-1)[..., :-1]
+def _weighted(far: Tensor, far_values: Tensor, near: Tensor, near_values: Tensor, sink_logits: Tensor | None) -> Tensor:
+    """Values by one softmax over two sets of logits `(B, Hkv, G, c, r, keys)`; 0 for rows of -inf; sinks take a share."""
+    with torch.no_grad():
+        peak = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True)).clamp(
+            min=torch.finfo(far.dtype).min
+        )
+        if sink_logits is not None:
+            sink_logits = sink_logits.to(far.dtype).view(1, far.shape[1], -1, 1, 1, 1)
+            peak = torch.maximum(peak, sink_logits)
+    far, near = (far - peak).exp(), (near - peak).exp()
+    total = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
+    if sink_logits is not None:
+        total = total + (sink_logits - peak).exp()
+    return (far @ far_values + near @ near_values) / total.masked_fill(total == 0, 1.0)
