@@ -6,10 +6,11 @@ The paper's claim: trained with SF-Attn, a model recovers 92 % of what training 
 S2-Attn 39 %. Here `classics-20m` (positions interpolated by 4) is tuned by the recipe `heedful.training.train_sinklora` on
 rows of 16,384 tokens of books, once with each attention, same rows, same steps; then all are read with dense attention on
 held-out books. Perplexity at context C is that of the last 2,048 tokens of windows of 16,384, of which the model sees
-the last C: the same tokens at each context. R = (L0 - L) / (L0 - L_full) at 16k, L0 before any training.
+the last C: the same tokens at each context. R = (L0 - L) / (L0 - L_full) at 16k, L0 before any training. Times are measured by
+`benchmarks/operators/shifted.py`.
 
-Second part: H2O's cache on `classics-20m` itself, the loss of 256 tokens decoded one by one behind 3,840 tokens of a book,
-and needles found, with a fifth of the prompt kept: heavy hitters and latest tokens, or the latest tokens alone.
+Second part: H2O's cache on `classics-20m` itself, the loss of 128 tokens decoded one by one behind 3,840 tokens of a book,
+and needles found, with a fifth or a fiftieth of the prompt kept: heavy hitters and latest tokens, or the latest tokens alone.
 
 FOLDER holds `train-0.jsonl.xz` and `validation.jsonl.xz`, a book a line with `text`. A GPU takes some minutes; on a CPU only
 `--quick` (rows of 512 tokens, two steps) is of use, to see that it runs.
@@ -142,24 +143,6 @@ def main() -> None:
         print(json.dumps({**line, **more}), flush=True)
         return {**line, **{k: round(v, 4) for k, v in more.items()}}
 
-    # ---- the cache
-    eviction: dict[str, dict[str, float]] = {}
-    model = fresh()
-    prompt, new = (96, 8) if quick else (3840, 256)
-    text = test[:: max(1, len(test) // 8), : prompt + new][:8].to(device)
-    needles = needle_prompts(tokenizer, lengths=(250,) if quick else (4000,), instances=1, seed=0)
-    for name, budgets in {
-        "all keys": None,
-        "H2O, 10 % heavy and 10 % latest": {"heavy_budget": 0.1, "recent_budget": 0.1},
-        "latest 20 %": {"heavy_budget": 0, "recent_budget": 0.2},
-    }.items():
-        eviction[name] = {
-            "nats_a_token": round(decoded_loss(model, text, prompt, budgets), 4),
-            "needles_found": round(needles_found(model, needles, budgets), 3),
-            "needles": len(needles),
-        }
-        print(name, eviction[name], f"{time.perf_counter() - started:.0f} s", flush=True)
-
     # ---- the tuning
     table: dict[str, dict[str, Any]] = {}
     found = {"untrained": losses(extend_context(fresh(), FACTOR), test, contexts, last)}
@@ -177,27 +160,44 @@ def main() -> None:
             )  # fmt: skip
             log = [json.loads(line) for line in (Path(folder) / "training" / "log.jsonl").read_text().splitlines()]
             tuned = _load(folder, device)
-        began = next((e for e in log if e["step"] >= 10), log[0])  # the first steps compile
-        steady = (log[-1]["seconds"] - began["seconds"]) / max(1, log[-1]["step"] - began["step"])
         found[name] = losses(tuned, test, contexts, last)
         gained = found["untrained"][length] - found[name][length]
         whole = found["untrained"][length] - found.get("full attention", found["untrained"])[length]
         more = {"recovered_share": gained / whole} if whole else {}
         print(name, f"{time.perf_counter() - started:.0f} s", flush=True)
-        table[name] = figures(found[name], seconds_a_step=steady, last_training_loss=log[-1]["loss"], **more)
+        table[name] = figures(found[name], last_training_loss=log[-1]["loss"], **more)
+
+    # ---- the cache
+    eviction: dict[str, dict[str, float]] = {}
+    model = fresh()
+    prompt, new = (96, 8) if quick else (3840, 128)
+    text = test[:: max(1, len(test) // 8), : prompt + new][:8].to(device)
+    needles = needle_prompts(tokenizer, lengths=(250,) if quick else (4000,), instances=1, seed=0)
+    for name, budgets in {
+        "all keys": None,
+        "H2O, 10 % heavy and 10 % latest": {"heavy_budget": 0.1, "recent_budget": 0.1},
+        "latest 20 %": {"heavy_budget": 0, "recent_budget": 0.2},
+        "H2O, 1 % heavy and 1 % latest": {"heavy_budget": 0.01, "recent_budget": 0.01},
+        "latest 2 %": {"heavy_budget": 0, "recent_budget": 0.02},
+    }.items():
+        eviction[name] = {
+            "nats_a_token": round(decoded_loss(model, text, prompt, budgets), 4),
+            "needles_found": round(needles_found(model, needles, budgets), 3),
+            "needles": len(needles),
+        }
+        print(name, eviction[name], f"{time.perf_counter() - started:.0f} s", flush=True)
 
     share = {name: line.get("recovered_share", 0.0) for name, line in table.items()}
     held: dict[str, bool] = {}
     if {"full attention", "SF-Attn", "S2-Attn"} <= set(table):
-        full, heavy, latest = (line["nats_a_token"] for line in eviction.values())
+        full, heavy, latest, few_heavy, few_latest = (line["nats_a_token"] for line in eviction.values())
         held = {
             "SF-Attn recovers at least as much as S2-Attn": share["SF-Attn"] >= share["S2-Attn"],
             "SF-Attn recovers at least 0.7": share["SF-Attn"] >= 0.7,
             "S2-Attn recovers clearly less (below 0.9 of SF-Attn)": share["S2-Attn"] < 0.9 * share["SF-Attn"],
-            "a step of SF-Attn within 15 % of S2-Attn's": table["SF-Attn"]["seconds_a_step"]
-            <= 1.15 * table["S2-Attn"]["seconds_a_step"],
             "H2O within 5 % of the loss of all keys": heavy <= 1.05 * full,
-            "H2O better than the latest keys alone": heavy < latest,
+            "H2O better than the latest keys alone, a fifth kept": heavy < latest,
+            "H2O better than the latest keys alone, a fiftieth kept": few_heavy < few_latest,
         }
     record(
         "sinklora",
@@ -210,7 +210,7 @@ def main() -> None:
             "learning_rate": arguments.lr,
             "held_out_windows": len(test),
             "tuning": table,
-            "cache at a fifth of a 4k prompt": eviction,
+            "cache of a 4k prompt": eviction,
             "accepted": held,
         },
         reproduced=bool(held) and all(held.values()),

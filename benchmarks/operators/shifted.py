@@ -60,31 +60,38 @@ def error_of_gradients(run: Any, inputs: list[Tensor], size: int) -> float:
     wide = [x.detach().double().requires_grad_() for x in (query, key, value)]
     exact = shifted_sparse_attention(*wide, size, impl="reference")
     want = [exact, *torch.autograd.grad(exact, wide, d_output.double())]
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
+    return max(
+        float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in zip(got, want, strict=True)
+    )
 
 
 def measure(bench: Any) -> None:
-    lengths = (8192, 32768) if bench.quick else (8192, 16384, 32768, 65536, 131072)
-    for dim, length in [*((128, length) for length in lengths), (64, 32768)]:
-        size = length // 4
-        contestants: dict[str, Any] = {
-            "heedful, SF-Attn": functools.partial(shifted_sparse_attention, group_size=size, impl="triton"),
-            "heedful, S2-Attn": functools.partial(
-                shifted_sparse_attention,
-                group_size=size,
-                shift_ratio=0.5,
-                num_sink_tokens=0,
-                boundary="wrap",
-                impl="triton",
-            ),
-        }
-        if length <= 65536:
-            contestants["SDPA, cuDNN"] = functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)
-            contestants["SDPA, flash"] = functools.partial(sdpa, SDPBackend.FLASH_ATTENTION)
-        for name, run in contestants.items():
-            compare(bench, name, run, dim, length)
-    if not bench.quick:
-        compare(bench, "FlexAttention, the same mask", functools.partial(flex, flex_mask(32768, 8192)), 128, 32768)
+    """An interrupt (Ctrl-C) ends it; what was measured until then is kept."""
+    lengths = (32768,) if bench.quick else (32768, 8192, 131072, 65536)
+    try:
+        for dim, length in [*((128, length) for length in lengths), (64, 32768)]:
+            size = length // 4
+            contestants: dict[str, Any] = {
+                "heedful, SF-Attn": functools.partial(shifted_sparse_attention, group_size=size, impl="triton"),
+                "heedful, S2-Attn": functools.partial(
+                    shifted_sparse_attention,
+                    group_size=size,
+                    shift_ratio=0.5,
+                    num_sink_tokens=0,
+                    boundary="wrap",
+                    impl="triton",
+                ),
+            }
+            if length <= 65536:
+                contestants["SDPA, cuDNN"] = functools.partial(sdpa, SDPBackend.CUDNN_ATTENTION)
+            if length <= 32768:
+                contestants["SDPA, flash"] = functools.partial(sdpa, SDPBackend.FLASH_ATTENTION)
+            for name, run in contestants.items():
+                compare(bench, name, run, dim, length)
+        if not bench.quick:
+            compare(bench, "FlexAttention, the same mask", functools.partial(flex, flex_mask(32768, 8192)), 128, 32768)
+    except KeyboardInterrupt:
+        print("interrupted")
 
 
 def compare(bench: Any, name: str, run: Any, dim: int, length: int) -> None:
