@@ -360,3 +360,20 @@ def test_kernels_under_the_interpreter():
         text=True,
     )
     assert run.stdout.strip() == "fine", run.stderr[-3000:]
+
+
+def test_work_grows_with_the_length_and_is_a_quarter_at_a_quarter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for length in (1024, 2048, 4096):
+        leaves = [x.requires_grad_() for x in tensors(1, 1, 4, length, 4, dtype=torch.float32)]
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(shifted_sparse_attention(*leaves, 256).sum(), leaves)
+        counts.append(counter.get_total_flops())
+    assert counts[1] < 2.1 * counts[0]
+    assert counts[2] < 2.1 * counts[1]
+    seen = visible_set(
+        torch.ones(1, 512, dtype=torch.bool), 128, 4
+    )  # the products that the kernels make, but for tiles
+    assert seen.sum() <= 0.3 * 4 * 512 * 513 / 2
