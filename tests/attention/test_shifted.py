@@ -366,10 +366,10 @@ def test_work_grows_with_the_length_and_is_a_quarter_at_a_quarter():
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = []
-    for length in (1024, 2048, 4096):
+    for length in (512, 1024, 2048):
         leaves = [x.requires_grad_() for x in tensors(1, 1, 4, length, 4, dtype=torch.float32)]
         with FlopCounterMode(display=False) as counter:
-            torch.autograd.grad(shifted_sparse_attention(*leaves, 256).sum(), leaves)
+            torch.autograd.grad(shifted_sparse_attention(*leaves, 128).sum(), leaves)
         counts.append(counter.get_total_flops())
     assert counts[1] < 2.1 * counts[0]
     assert counts[2] < 2.1 * counts[1]
