@@ -66,7 +66,9 @@ def loss_of(model: PreTrainedModel, rows: Tensor) -> Tensor:
 def train(model: PreTrainedModel, text: Tensor, steps: int, lr: float, batch: int) -> float:
     """Seconds. AdamW, warm-up, then a half cosine; the batches depend on the step only."""
     device = next(model.parameters()).device
-    optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=device.type == "cuda"
+    )
     generator = torch.Generator().manual_seed(1)
     started = time.perf_counter()
     for step in range(steps):
@@ -97,7 +99,7 @@ def held_out(model: PreTrainedModel, text: Tensor, length: int) -> float:
 
 
 @torch.no_grad()
-def decode_milliseconds(model: PreTrainedModel, past: int, steps: int = 60) -> float:
+def decode_milliseconds(model: PreTrainedModel, past: int, steps: int = 40) -> float:
     """The shortest time of a generated token behind `past` tokens, batch 1."""
     device = next(model.parameters()).device
     ids = torch.randint(model.config.vocab_size, (1, past), device=device)
@@ -138,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     carried = os.environ.get("HEEDFUL_CARRY")
     parser.add_argument("--data", type=Path, default=Path(carried) / "data" if carried else None)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="where to write the result instead of reproductions/results")
@@ -165,7 +167,7 @@ def main() -> None:
             "training_seconds": round(seconds, 1),
             "decode_ms_a_token": {
                 f"behind {past} tokens": round(decode_milliseconds(model, past), 3)
-                for past in ((64, 128) if arguments.quick else (1024, 16384, 65536))
+                for past in ((64, 128) if arguments.quick else (1024, 65536))
             },
         }
         print(kind, models[kind], flush=True)

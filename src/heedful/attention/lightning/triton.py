@@ -373,7 +373,7 @@ def _segment_length(lanes: int, tokens: int, slots: int) -> int:
     for size in (32768, 16384, 8192, 4096, 2048, 1024):
         rounds = lanes * -(-tokens // size) / slots
         filled = rounds / math.ceil(rounds)
-        if filled > fill + 0.1:
+        if filled > 1.1 * fill:
             best, fill = size, filled
     return best
 
