@@ -25,6 +25,8 @@ _RETRIEVALS = ("per_head", "per_layer", "per_chunk")
 _POSITIONS = ("stingy", "true")
 #: Numbers of gathered keys at a time: what bounds the memory of a chunk's retrieval.
 _GATHERED = 1 << 25
+#: Steps of a unit in which scores are compared.
+_GRID = 1 << 14
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -193,13 +195,15 @@ class LandmarkCacheLayer(CacheLayerMixin):
         scores = scores.masked_fill(~there[:, None, None, None], -torch.inf).flatten(1, 2)  # (B, Hq, T, N)
         k = min(cache.top_k, count)
         if cache.retrieval == "per_layer":
-            scores = scores.softmax(-1).amax(1, keepdim=True).expand_as(scores)
+            scores = scores.log_softmax(-1).amax(1, keepdim=True).expand_as(scores)
         elif cache.retrieval == "per_chunk":
-            scores = scores.softmax(-1)
+            scores = scores.log_softmax(-1)
             if step.real is not None:
-                scores = scores.masked_fill(~step.real[:, None, :, None], 0.0)
+                scores = scores.masked_fill(~step.real[:, None, :, None], -torch.inf)
             scores = scores.amax(2, keepdim=True)
-        chosen = scores.nan_to_num(-1.0).topk(k, -1).indices.sort(-1).values  # in order of time, (B, Hq, T or 1, k)
+        # Ties go to the latest: in the first layer all old landmarks are alike, but for rounding.
+        ranked = (scores * _GRID).nan_to_num(-(2.0**39), 2.0**39, -(2.0**40)).clamp(-(2.0**40), 2.0**40).long()
+        chosen = (ranked * count + block).topk(k, -1).indices.sort(-1).values  # in order of time, (B, Hq, T or 1, k)
         self.retrieved = chosen if cache.keep_retrieved else None
         valid = there[:, None, None, :].expand(-1, heads, chosen.shape[2], -1).gather(3, chosen)
         if cache.positions == "true":
