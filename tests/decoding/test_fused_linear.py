@@ -78,7 +78,7 @@ def test_kernels_under_the_interpreter():
             (1, [8, 16, 8], 512, None),
             (5, [64, 32, 32], 128, fl._Tiles(32, 64, 1, 4, 3)),
             (20, [32], 256, fl._Tiles(32, 32, 4, 4, 3)),
-            (64, [64, 128], 256, fl._Tiles(64, 64, 2, 4, 3)),
+            (64, [64], 128, fl._Tiles(64, 64, 2, 4, 3)),
         ]:
             x = torch.randn(1, rows, k, dtype=torch.float16)
             weights = [torch.randn(n, k, dtype=torch.float16) / k**0.5 for n in sizes]
@@ -99,16 +99,17 @@ def test_kernels_under_the_interpreter():
             want = torch.nn.functional.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
             assert (out.double() - want).norm() / want.norm() < 2e-3, (rows, n)
         from heedful.decoding.row_argmax import row_argmax
-        for rows, n in [(1, 9000), (17, 700)]:
-            x = torch.randn(1, rows, n).half()
-            for poisoned in ({}, {7: -0.0}, {n // 3: torch.inf}, {n // 2: torch.nan, n // 3: torch.inf}):
-                for at, value in poisoned.items():
-                    x[..., at] = value
-                assert torch.equal(row_argmax(x), x.argmax(-1)), (rows, n, poisoned)
-            for x in (torch.randint(-3, 3, (1, rows, n)), torch.full((1, rows, n), -torch.inf), torch.zeros(1, rows, n)):
-                x = x.half()
-                x[..., 1::2] *= -1.0  # ties, of both zeros too
-                assert torch.equal(row_argmax(x), x.argmax(-1)), (rows, n)
+        x = torch.randn(17, 1, 200).half()
+        assert torch.equal(row_argmax(x), x.argmax(-1))
+        x = torch.randn(1, 2, 9000).half()
+        for poisoned in ({}, {7: -0.0}, {3000: torch.inf}, {4500: torch.nan, 3000: torch.inf}):
+            for at, value in poisoned.items():
+                x[..., at] = value
+            assert torch.equal(row_argmax(x), x.argmax(-1)), poisoned
+        for x in (torch.randint(-3, 3, x.shape), torch.full(x.shape, -torch.inf), torch.zeros(x.shape)):
+            x = x.half()
+            x[..., 1::2] *= -1.0  # ties, of both zeros too
+            assert torch.equal(row_argmax(x), x.argmax(-1))
         print("fine")
     """
     run = subprocess.run(

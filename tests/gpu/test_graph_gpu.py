@@ -160,6 +160,16 @@ def test_a_long_run_does_not_grow():
     assert plain[2] - plain[1] < 2**20
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_on_another_device_than_the_current_one():
+    model, given = setting()
+    model, given = model.to("cuda:1"), {key: value.to("cuda:1") for key, value in given.items()}
+    for make in (DRAFTERS["none"], DRAFTERS["sequence"]):
+        result = heedful.generate(model, drafter=make(model), engine="graph", **given, **GREEDY)
+        assert result.stats.capture_seconds > 0
+        assert torch.equal(result.sequences, model.generate(**given, **GREEDY))
+
+
 def test_new_weights_are_captured_anew():
     model, given = setting()
     heedful.generate(model, engine="graph", **given, **GREEDY)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakSet
@@ -535,6 +535,11 @@ class GraphEngine(Engine):
         return None if drafter is not None and drafter.num_nodes > BUCKETS[-1] else drafter
 
     def run(self) -> tuple[LongTensor, Any]:
+        device = self.session.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # launches and captures go there
+            return self._run()
+
+    def _run(self) -> tuple[LongTensor, Any]:
         if self.session.drafter is not None:
             self.session.drafter.begin()
         with _hidden_states(self.model, self.requires) as hidden:
