@@ -67,7 +67,8 @@ def lightning_attention(
             the state waits there, so that the final state is that of the last real token. Padding gives rows of zeros, and no
             gradients. None if all are real.
         cu_seqlens: int32 or int64 `(N + 1,)`, from 0 to T, not decreasing, with B = 1: document n is the tokens
-            `cu_seqlens[n] <= i < cu_seqlens[n + 1]`, and sees no other.
+            `cu_seqlens[n] <= i < cu_seqlens[n + 1]`, and sees no other. The reference looks at their values, which waits for
+            the device and breaks a compiled graph; the kernels do not.
         impl: "reference" (plain PyTorch, on every device), "triton" (CUDA; float32, bfloat16 or float16; D and E at most
             256), both with gradients, or "auto": Triton where it can, else the reference.
 

@@ -339,7 +339,20 @@ class _Config(NamedTuple):
     num_stages: int
 
 
-def _config(dim: int, columns: int, dtype: torch.dtype) -> tuple[_Config, _Config]:
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # the interpreter's
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a program may take."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _config(dim: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[_Config, _Config]:
     """Of `_segment_states` and of `_outputs`."""
     block_e = max(16, triton.next_power_of_2(columns))
     if INTERPRETED:
@@ -347,18 +360,16 @@ def _config(dim: int, columns: int, dtype: torch.dtype) -> tuple[_Config, _Confi
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
         narrow = _Config(16, 16, 8, 1) if dim > 128 else _Config(32, min(block_e, 32), 8, 1)
         return narrow, narrow
+    memory = _shared_memory(device)
+    if memory < 128 * 1024:  # consumer cards
+        narrow = _Config(32, min(block_e, 32), 4, 2)
+        return narrow, narrow
     if dim > 128:
-        return _Config(64, min(block_e, 64), 8, 2), _Config(64, min(block_e, 64), 8, 2)
-    if block_e <= 64:
-        return _Config(64, block_e, 4, 3), _Config(64, block_e, 4, 2)
+        wide = _Config(64, min(block_e, 64 if memory > 180 * 1024 else 32), 8, 2)
+        return wide, wide
+    if block_e <= 64 or memory < 180 * 1024:
+        return _Config(64, min(block_e, 64), 4, 3), _Config(64, min(block_e, 64), 4, 2)
     return _Config(64, 64, 4, 4), _Config(64, 128, 8, 3)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4  # the interpreter's
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _segment_length(lanes: int, tokens: int, slots: int) -> int:
@@ -398,7 +409,7 @@ def _plan(
     segment_length: int | None = None,
 ) -> _Plan:
     batch, heads, length = query.shape[:3]
-    main = _config(query.shape[3], columns, query.dtype)[1]
+    main = _config(query.shape[3], columns, query.dtype, query.device)[1]
     slots = _multiprocessors(query.device) * (8 // main.num_warps)
     lanes = batch * heads * -(-columns // main.block_e)
     size = segment_length or _segment_length(lanes, length, slots)
@@ -449,7 +460,7 @@ def _run(
     """`output = f(query, key, value)`, and `final` where it is given. Gives the start states of the segments, to be used
     again; `transposed`: `states`, `initial` and `final` are `(..., E, D)`."""
     heads, dim, columns = output.shape[1], query.shape[3], value.shape[3]
-    summing, main = configs or _config(dim, columns, query.dtype)
+    summing, main = configs or _config(dim, columns, query.dtype, query.device)
     device = query.device
     precision = "ieee" if query.dtype == torch.float32 else "tf32"
     across = (1, dim) if transposed else (columns, 1)
