@@ -349,7 +349,7 @@ def _multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes that a program may take."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _config(dim: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[_Config, _Config]:
