@@ -326,6 +326,13 @@ def test_kernels_under_the_interpreter():
         assert torch.equal(after[0, 1], got[0, 1]) and torch.equal(after[0, 0, :128], got[0, 0, :128])
         assert after[0, 0, 130:].isnan().all()
         # Registered operators, and a whole graph.
+        turned = [random(1, 9, 2, 4).transpose(1, 2), random(1, 9, 4, 1).permute(0, 3, 1, 2), random(1, 9, 1, 3).transpose(1, 2)]
+        given = (*turned, rates, None, None, None)
+        for op, inputs in (
+            (kernels.lightning_attention_op, (*given, 0.5, True)),
+            (kernels.lightning_attention_backward_op, (*given, random(1, 2, 9, 3), None, 0.5)),
+        ):
+            torch.library.opcheck(op, inputs, test_utils=("test_schema", "test_faketensor"))
         small = [random(1, 2, 9, 4).requires_grad_(), random(1, 1, 9, 4).requires_grad_(), random(1, 1, 9, 3).requires_grad_()]
         start = random(1, 2, 4, 3).requires_grad_()
         torch.library.opcheck(kernels.lightning_attention_op, (*small, rates, None, None, start, 0.5, True))

@@ -563,10 +563,10 @@ def _forward(
     scale: float,
     want_final: bool,
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = _contiguous_rows(query, key, value)
     heads, columns = query.shape[1], value.shape[3]
     plan = _plan(query, columns, mask, cu_seqlens)
     output = _like(query, heads, columns)
+    query, key, value = _contiguous_rows(query, key, value)
     if plan.bounds is not None:
         output.zero_()  # what is in no sequence
     shape = (plan.sequences, heads, query.shape[3], columns) if want_final else (0,)
@@ -588,15 +588,14 @@ def _backward(
     d_final: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, key, value, d_output = _contiguous_rows(query, key, value, d_output)
     heads, kv_heads = query.shape[1], key.shape[1]
     dim, columns = query.shape[3], value.shape[3]
     plan = _plan(query, columns, mask, cu_seqlens)
     # Each query head's share of a shared key's gradient, summed in float32.
     wide = torch.float32 if heads != kv_heads else None
     d_query = _like(query, heads, dim)
-    d_key = _like(key, heads, dim, wide)
-    d_value = _like(value, heads, columns, wide)
+    d_key, d_value = _like(key, heads, dim, wide), _like(value, heads, columns, wide)
+    shared = (d_key, d_value) if wide is None else (_like(key, kv_heads, dim), _like(value, kv_heads, columns))
     if plan.bounds is not None:
         for gradient in (d_query, d_key, d_value):
             gradient.zero_()
@@ -605,6 +604,7 @@ def _backward(
     # The states of f(do, v, k) are the transposed ones of f(q, k, v).
     initial = None if initial is None else initial.mT.contiguous()
     d_final = None if d_final is None else d_final.float().contiguous() / scale
+    query, key, value, d_output = _contiguous_rows(query, key, value, d_output)
     arguments = (mask, decay, plan, scale)
     _run(d_output, value, key, d_query, *arguments, initial=initial)
     states = _run(
@@ -619,9 +619,9 @@ def _backward(
     )
     _run(value, d_output, query, d_key, *arguments, states=states, initial=d_final, transposed=True, reverse=True)
     if wide is not None:
-        d_key = d_key.unflatten(1, (kv_heads, -1)).sum(2).to(key.dtype)
-        d_value = d_value.unflatten(1, (kv_heads, -1)).sum(2).to(value.dtype)
-    return d_query, d_key, d_value, d_initial
+        for gradient, parts in zip(shared, (d_key, d_value), strict=True):
+            gradient.copy_(parts.unflatten(1, (kv_heads, -1)).sum(2))
+    return d_query, *shared, d_initial
 
 
 @triton.jit
