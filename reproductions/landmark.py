@@ -215,14 +215,21 @@ def classics_experiment(data: Path, steps: int, length: int, count: int, work: P
     prose = np.array(encode("\n\n".join(text[:60_000] for text in held_out)))
     marks = sentence_marks(tokenizer.backend_tokenizer)
     prompts = {
-        times: held_out_prompts(prose, encode, *marks, length=times * length - 9, count=count, seed=7) for times in (1, 2, 4, 8)
+        times: held_out_prompts(prose, encode, *marks, length=times * length - 9, count=count, seed=7)
+        for times in (1, 2, 4, 8)
     }
     block = 63
     tokens = length - length // (block + 1)
     batch = 32
     rows = FactRows(corpus, tokens, tokenizer.bos_token_id, 0, steps, batch)
     print(f"rows made, {time.perf_counter() - began:.0f} s", flush=True)
-    figures: dict[str, Any] = {"train_length_positions": length, "steps": steps, "block_size": block, "prompts": count, "recall": {}}
+    figures: dict[str, Any] = {
+        "train_length_positions": length,
+        "steps": steps,
+        "block_size": block,
+        "prompts": count,
+        "recall": {},
+    }
 
     def judge(name: str, model: Any, cached: bool) -> None:
         model.eval()
@@ -232,25 +239,39 @@ def classics_experiment(data: Path, steps: int, length: int, count: int, work: P
                 scores[f"{times}x ({times * length} tokens)"] = key_recall(model, tokenizer, some, 25, cached)
         figures["recall"][name] = scores
         print(f"{name}: {scores}  {time.perf_counter() - began:.0f} s", flush=True)
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "so_far.json").write_text(json.dumps(figures, indent=2))
         if not cached:
             with torch.autocast("cuda", torch.bfloat16):
-                bits = bits_per_byte(model, tokenizer, [text[:200_000] for text in held_out[:6]], context=tokens, batch_size=16)
+                bits = bits_per_byte(
+                    model, tokenizer, [text[:200_000] for text in held_out[:6]], context=tokens, batch_size=16
+                )
             figures.setdefault("bits_per_byte_at_the_training_length", {})[name] = bits
 
     judge("classics-20m as it is (trained at 4096)", fresh(), False)
-    options = {"steps": steps, "batch_size": batch, "length": length, "lr": 3e-4, "seed": 0, "progress": False, "resume": False}
+    options = {
+        "steps": steps,
+        "batch_size": batch,
+        "length": length,
+        "lr": 3e-4,
+        "seed": 0,
+        "progress": False,
+        "resume": False,
+    }
     landmark = fresh()
-    train_landmark(landmark, tokenizer, rows, work / "landmark", block_size=block, top_k=4, checkpoint_every=10**9, **options)
+    train_landmark(
+        landmark, tokenizer, rows, work / "landmark", block_size=block, top_k=4, checkpoint_every=10**9, **options
+    )
     print(f"landmarks trained, {time.perf_counter() - began:.0f} s", flush=True)
     judge("landmarks, attending to all blocks", landmark, False)
-    for k in (2, 4):
-        landmark.config.landmark["top_k"] = k
-        judge(f"landmarks, top-{k} blocks retrieved", landmark, True)
+    judge("landmarks, top-4 blocks retrieved", landmark, True)
     dense = fresh()
     train_dense(dense, rows, options)
     print(f"plain model trained, {time.perf_counter() - began:.0f} s", flush=True)
     judge("the same fine-tuning without landmarks", dense, False)
     judge_cut(figures, dense, tokenizer, prompts, length)
+    landmark.config.landmark["top_k"] = 2
+    judge("landmarks, top-2 blocks retrieved", landmark, True)
     return figures
 
 
@@ -271,7 +292,9 @@ def train_dense(model: Any, rows: FactRows, options: dict[str, Any]) -> None:
         ids, weights = (x.cuda() for x in rows.batch(step, range(options["batch_size"])))
         with torch.autocast("cuda", torch.bfloat16):
             logits = model(input_ids=ids, use_cache=False).logits
-        losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        losses = nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+        )
         share = weights[:, 1:].flatten()
         ((losses * share).sum() / share.sum()).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -296,6 +319,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train-0.jsonl.xz and validation.jsonl.xz")
     parser.add_argument("--steps", type=int, help="of the classics experiment")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of the recall experiment")
+    parser.add_argument("--count", type=int, default=100, help="prompts of each length")
     parser.add_argument("--length", type=int, default=1024, help="positions of a training row")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -309,11 +333,18 @@ def main() -> None:
         known.update({f"seed {seed}": run for seed, run in zip(seeds, runs, strict=True)})
     if arguments.part == "classics" or (arguments.part is None and arguments.data and torch.cuda.is_available()):
         steps = arguments.steps or (20 if arguments.quick else 600)
-        count = 16 if arguments.quick else 100
+        count = 16 if arguments.quick else arguments.count
         figures["classics-20m"] = classics_experiment(
             arguments.data, steps, arguments.length, count, Path("/tmp/landmark-reproduction")
         )
-    record("landmark", claim=CLAIM, figures=figures, reproduced=judge_claim(figures), seconds=time.perf_counter() - began, out=out)
+    record(
+        "landmark",
+        claim=CLAIM,
+        figures=figures,
+        reproduced=judge_claim(figures),
+        seconds=time.perf_counter() - began,
+        out=out,
+    )
 
 
 def judge_claim(figures: dict[str, Any]) -> bool:

@@ -82,6 +82,14 @@ def measure(bench: Bench) -> None:
         for name, run, error in contestants:
             forward, backward = both_ways(bench, run, tensors)
             base = base or (forward, backward)
-            peak = bench.peak(lambda run=run: run(*tensors))  # type: ignore[misc]
-            bench.row(f"forward {label}", name, ms=forward, error=error, peak=peak, length=length, over_flash=forward / base[0])
+            peak = bench.peak(lambda run=run, tensors=tensors: run(*tensors))  # type: ignore[misc]
+            bench.row(
+                f"forward {label}",
+                name,
+                ms=forward,
+                error=error,
+                peak=peak,
+                length=length,
+                over_flash=forward / base[0],
+            )
             bench.row(f"backward {label}", name, ms=backward, length=length, over_flash=backward / base[1])

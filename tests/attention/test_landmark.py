@@ -136,11 +136,13 @@ def test_gradients():
     out = landmark_attention(*leaves, marks, attention_mask=mask)
     _, d_key, d_value = torch.autograd.grad(out.square().sum(), leaves)
     assert d_value.masked_select(marks[:, None, :, None]).abs().max() == 0
-    assert d_key[0, 0, 2].abs().max() > 0 and d_key[0, 0, 4].abs().max() > 0  # gates of later rows
+    assert d_key[0, 0, 2].abs().max() > 0
+    assert d_key[0, 0, 4].abs().max() > 0
     assert d_key[0, 0, 5].abs().max() == 0  # a block without a token
     assert d_key[0, 0, 9].abs().max() > 0  # seen by row 10 alone
     own = torch.autograd.grad(landmark_attention(*leaves, marks)[0, :, 9].sum(), leaves[1])[0]
-    assert own[0, 0, 9].abs().max() == 0 and own[0, 0, 4].abs().max() > 0
+    assert own[0, 0, 9].abs().max() == 0
+    assert own[0, 0, 4].abs().max() > 0
 
 
 def test_causal_rows_apart_padding_and_nan():
@@ -158,14 +160,17 @@ def test_causal_rows_apart_padding_and_nan():
     leaves = [x.requires_grad_() for x in padded]
     mask = torch.arange(56).expand(2, -1) >= 16
     got = landmark_attention(*leaves, torch.arange(56) % 8 == 7, attention_mask=mask)
-    assert torch.allclose(got[:, :, 16:], out, atol=1e-12) and got[:, :, :16].abs().max() == 0
+    assert torch.allclose(got[:, :, 16:], out, atol=1e-12)
+    assert got[:, :, :16].abs().max() == 0
     for gradient in torch.autograd.grad(got.sum(), leaves):
-        assert torch.isfinite(gradient).all() and gradient[:, :, :16].abs().max() == 0
+        assert torch.isfinite(gradient).all()
+        assert gradient[:, :, :16].abs().max() == 0
     # A NaN in a key reaches the rows that see it, of its batch row.
     key = key.clone()
     key[0, 0, 20] = torch.nan
     got = landmark_attention(query, key, value, marks)
-    assert torch.isnan(got[0, :, 20:23]).all() and torch.isnan(got[0, :, 24:]).all()
+    assert torch.isnan(got[0, :, 20:23]).all()
+    assert torch.isnan(got[0, :, 24:]).all()
     assert torch.equal(got[1], out[1])
 
 
@@ -176,7 +181,8 @@ def test_dtypes_autocast_and_compile():
     want = landmark_attention(*(x.double() for x in (query, key, value)), marks)
     for dtype, bound in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3), (torch.float32, 1e-6)):
         got = landmark_attention(*(x.to(dtype) for x in (query, key, value)), marks)
-        assert got.dtype == dtype and (got.double() - want).norm() / want.norm() < bound
+        assert got.dtype == dtype
+        assert (got.double() - want).norm() / want.norm() < bound
     with torch.autocast("cpu", torch.bfloat16):
         assert landmark_attention(query, key, value, marks).dtype == torch.bfloat16
     compiled = torch.compile(landmark_attention, fullgraph=True, backend="aot_eager")

@@ -70,15 +70,19 @@ def by_hand(layer, x, chunks, k, stingy):
                 score = lambda j, at: float(query @ turn(k_[h, j], at) * dim**-0.5)  # noqa: B023, E731
                 place = [b if n <= k or not stingy else max(0, b - (n - k) + 1) for b in range(n)]
                 marks = [score(b * size + size - 1, place[b] * size + size - 1) for b in range(n)]
-                picked = sorted(sorted(range(n), key=lambda b: -marks[b])[:k])  # noqa: B023
+                picked = sorted(sorted(range(n), key=lambda b: -marks[b])[:k])
                 groups, logits, values = [], [], []
                 for j, b in enumerate(picked):
                     at = (b if n <= k or not stingy else j + (b >= n - k)) * size
                     inner = torch.tensor([score(b * size + o, at + o) for o in range(size - 1)], dtype=x.dtype)
-                    groups.append((score(b * size + size - 1, at + size - 1), inner, range(b * size, b * size + size - 1)))
+                    groups.append(
+                        (score(b * size + size - 1, at + size - 1), inner, range(b * size, b * size + size - 1))
+                    )
                 local = n * size
                 for b in range(n, i // size):
-                    inner = torch.tensor([score(b * size + o, (base + b - n) * size + o) for o in range(size - 1)], dtype=x.dtype)
+                    inner = torch.tensor(
+                        [score(b * size + o, (base + b - n) * size + o) for o in range(size - 1)], dtype=x.dtype
+                    )
                     mark = score(b * size + size - 1, (base + b - n) * size + size - 1)
                     groups.append((mark, inner, range(b * size, b * size + size - 1)))
                     local = (b + 1) * size
@@ -167,12 +171,14 @@ def test_families(family):
         assert torch.allclose(prefill, want, atol=2e-5)
         cache = LandmarkCache(3, 50)
         steps = [model(x[:, i : i + 1], past_key_values=cache).logits for i in range(30)]
-        assert torch.allclose(torch.cat(steps, 1), want, atol=2e-5) and cache.get_seq_length() == 30
+        assert torch.allclose(torch.cat(steps, 1), want, atol=2e-5)
+        assert cache.get_seq_length() == 30
         padded = torch.zeros(2, 36, dtype=torch.long)
         padded[0, 6:], padded[1, 1:] = x[0], torch.cat([x[1], x[1, :5]])
         mask = (torch.arange(36) >= torch.tensor([[6], [1]])).long()
         whole = model(padded, attention_mask=mask).logits
-        assert torch.allclose(whole[0, 6:], want[0], atol=2e-5) and torch.allclose(whole[1, 1:31], want[1], atol=2e-5)
+        assert torch.allclose(whole[0, 6:], want[0], atol=2e-5)
+        assert torch.allclose(whole[1, 1:31], want[1], atol=2e-5)
         cache = LandmarkCache(3, 50)
         parts = [model(padded[:, :20], attention_mask=mask[:, :20], past_key_values=cache).logits]
         for i in range(20, 36):
@@ -182,8 +188,11 @@ def test_families(family):
         packed = model(x, position_ids=positions).logits
         assert torch.allclose(packed, torch.cat([model(x[:, :11]).logits, model(x[:, 11:]).logits], 1), atol=2e-5)
     out = model.generate(x, max_new_tokens=9, min_new_tokens=9, do_sample=False)
-    assert out.shape == (2, 39) and not (out == model.config.landmark["token_id"]).any()
-    alone = model.generate(padded[:, :20], attention_mask=mask[:, :20], max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    assert out.shape == (2, 39)
+    assert not (out == model.config.landmark["token_id"]).any()
+    alone = model.generate(
+        padded[:, :20], attention_mask=mask[:, :20], max_new_tokens=6, min_new_tokens=6, do_sample=False
+    )
     single = model.generate(padded[:1, 6:20], max_new_tokens=6, min_new_tokens=6, do_sample=False)
     assert torch.equal(alone[0, 20:], single[0, 14:])
 
@@ -199,7 +208,14 @@ def test_landmarks_are_where_they_should_be():
     assert seen[0][0].tolist() == [a, b, c, token, d, e, f, token, g]
     model.generate(x, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     hook.remove()
-    assert [s.shape[1] for s in seen[1:]] == [4, 4, 1, 1, 2, 1]  # chunks of a block; a landmark goes with the token before it
+    assert [s.shape[1] for s in seen[1:]] == [
+        4,
+        4,
+        1,
+        1,
+        2,
+        1,
+    ]  # chunks of a block; a landmark goes with the token before it
 
 
 def test_beam_search_and_errors_of_generation():
@@ -222,7 +238,8 @@ def test_saved_and_loaded(tmp_path):
     again = load_landmark(tmp_path)
     assert again.config.landmark == model.config.landmark
     got = again(x, labels=x)
-    assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
+    assert torch.equal(got.logits, want.logits)
+    assert torch.equal(got.loss, want.loss)
     assert torch.equal(again.generate(x, max_new_tokens=5, do_sample=False), text)
     assert torch.equal(copy.deepcopy(model)(x).logits, want.logits)
     build("llama").save_pretrained(tmp_path / "plain")
@@ -236,7 +253,8 @@ def test_new_row_is_the_mean(tied):
     before = [m.weight.detach().clone() for m in (model.get_input_embeddings(), model.get_output_embeddings())]
     model = convert_to_landmark(model, 3, top_k=2, train_length=16)
     for old, layer in zip(before, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
-        assert torch.equal(layer.weight[:-1], old) and torch.allclose(layer.weight[-1], old.mean(0), atol=1e-6)
+        assert torch.equal(layer.weight[:-1], old)
+        assert torch.allclose(layer.weight[-1], old.mean(0), atol=1e-6)
     x = ids()
     logits = model(x, labels=x)
     want = torch.nn.functional.cross_entropy(logits.logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
@@ -294,7 +312,9 @@ def test_embeddings_and_hidden_states():
 def test_lora_trains_the_new_row(tmp_path):
     peft = pytest.importorskip("peft")
     model = landmark_model()
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM"
+    )
     tuned = peft.get_peft_model(model, config)
     x = ids()
     tuned(input_ids=x, labels=x).loss.backward()

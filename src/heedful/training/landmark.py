@@ -206,7 +206,12 @@ def train_landmark(
                 value = float(accelerator.reduce(loss.detach().float(), "mean"))
                 if accelerator.is_main_process:
                     speed = batch_size * length * (step + 1 - done) / (time.perf_counter() - began)
-                    entry = {"step": step, "loss": value, "lr": lr * schedule(step, steps, warmup), "positions_per_second": speed}
+                    entry = {
+                        "step": step,
+                        "loss": value,
+                        "lr": lr * schedule(step, steps, warmup),
+                        "positions_per_second": speed,
+                    }
                     with (work / "log.jsonl").open("a") as log:
                         log.write(json.dumps(entry) + "\n")
             bar.update(1)

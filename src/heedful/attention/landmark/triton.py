@@ -14,6 +14,7 @@ block in place of delta_i, and the landmark g_ib (that mean - delta_i), with g_i
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -77,9 +78,9 @@ def _plan(
         gates += tl.sum(gate, 0)
         since = tl.max(at_mark, 0)
         last = tl.maximum(last, tl.max(tl.where(token > 0, at + 1, 0), 0))
-    is_open = tokens > closed
-    tl.store(block_end + batch * (length + 1) + gates, last, mask=is_open)
-    tl.store(counts + batch * 2, gates + is_open.to(tl.int32))  # blocks
+    is_open = (tokens > closed) * 1
+    tl.store(block_end + batch * (length + 1) + gates, last, mask=is_open > 0)
+    tl.store(counts + batch * 2, gates + is_open)  # blocks
     tl.store(counts + batch * 2 + 1, gates)  # of which have their landmark
 
 
@@ -144,7 +145,9 @@ def _prepare(
     gate = tl.load(gate_of + batch * length + at, mask=inside, other=-1)
     wide = at.to(tl.int64)
     read = (token | (gate >= 0))[:, None]
-    k = tl.load(key + batch * stride_key_b + head * stride_key_h + wide[:, None] * stride_key_t + dims, mask=read, other=0.0)
+    k = tl.load(
+        key + batch * stride_key_b + head * stride_key_h + wide[:, None] * stride_key_t + dims, mask=read, other=0.0
+    )
     place = value + batch * stride_value_b + head * stride_value_h + wide[:, None] * stride_value_t + dims
     v = tl.load(place, mask=token[:, None], other=0.0)
     row = tl.program_id(1).to(tl.int64)
@@ -173,7 +176,7 @@ def _spread(x, member, AUX: tl.constexpr, PRECISION: tl.constexpr):
     member = tl.trans(member)
     high = x.to(AUX)
     result = tl.dot(high, member, input_precision=PRECISION)
-    if AUX != tl.float32:
+    if x.dtype != AUX:
         result = tl.dot((x - high.to(tl.float32)).to(AUX), member, result, input_precision=PRECISION)
     return result
 
@@ -222,7 +225,9 @@ def _load_tile(descriptor, batch, head, start, D: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _range_of_tile(tile, row_block, tiles_before, solos_before, longs_before, packed, length, batch, BLOCK_M: tl.constexpr):
+def _range_of_tile(
+    tile, row_block, tiles_before, solos_before, longs_before, packed, length, batch, BLOCK_M: tl.constexpr
+):
     """For a tile of rows: tiles of keys that all its rows see whole, solos among them, tiles of which some row sees some key,
     and long blocks of which some row does."""
     last_row = tl.minimum(tile * BLOCK_M + BLOCK_M, length) - 1
@@ -347,7 +352,22 @@ def _forward(
         start = tl.load(block_first + flat + block)
         end = tl.load(block_end + flat + block)
         shift = _long_shift(
-            q, keys, gate_keys, token_block, batch_i, kv_head, block, start, end, of_row, length, scale2, D, BLOCK_M, BLOCK_N, PRECISION
+            q,
+            keys,
+            gate_keys,
+            token_block,
+            batch_i,
+            kv_head,
+            block,
+            start,
+            end,
+            of_row,
+            length,
+            scale2,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
         )
         for begin in tl.range(start, tl.minimum(end, last_row + 1), BLOCK_N, num_stages=2):
             logits = _long_logits(
@@ -513,7 +533,22 @@ def _backward_rows(
         gate_k = _load_tile(gate_keys, batch_i, kv_head, first, D, SLOTS)
         slot = _slots_of(token_block, start + lanes, length, first, count)
         _, d_logits, d_gate = _gradient_tile(
-            q, d_out, k, v, gate_k, slot, (slot >= 0)[None, :], first, count, of_row, row_lse, row_delta, scale2, False, AUX, PRECISION
+            q,
+            d_out,
+            k,
+            v,
+            gate_k,
+            slot,
+            (slot >= 0)[None, :],
+            first,
+            count,
+            of_row,
+            row_lse,
+            row_delta,
+            scale2,
+            False,
+            AUX,
+            PRECISION,
         )
         acc = tl.dot(d_logits.to(k.dtype), k, acc, input_precision=PRECISION)
         acc = tl.dot(d_gate.to(k.dtype), gate_k, acc, input_precision=PRECISION)
@@ -528,7 +563,22 @@ def _backward_rows(
         slot = _slots_of(token_block, start + lanes, length, first, count)
         visible = (slot >= 0)[None, :] & (start + lanes[None, :] <= rows[:, None])
         _, d_logits, d_gate = _gradient_tile(
-            q, d_out, k, v, gate_k, slot, visible, first, count, of_row, row_lse, row_delta, scale2, True, AUX, PRECISION
+            q,
+            d_out,
+            k,
+            v,
+            gate_k,
+            slot,
+            visible,
+            first,
+            count,
+            of_row,
+            row_lse,
+            row_delta,
+            scale2,
+            True,
+            AUX,
+            PRECISION,
         )
         acc = tl.dot(d_logits.to(k.dtype), k, acc, input_precision=PRECISION)
         acc = tl.dot(d_gate.to(k.dtype), gate_k, acc, input_precision=PRECISION)
@@ -541,7 +591,22 @@ def _backward_rows(
         stop = tl.minimum(end, last_row + 1)
         earlier = of_row > block
         shift = _long_shift(
-            q, keys, gate_keys, token_block, batch_i, kv_head, block, start, end, of_row, length, scale2, D, BLOCK_M, BLOCK_N, PRECISION
+            q,
+            keys,
+            gate_keys,
+            token_block,
+            batch_i,
+            kv_head,
+            block,
+            start,
+            end,
+            of_row,
+            length,
+            scale2,
+            D,
+            BLOCK_M,
+            BLOCK_N,
+            PRECISION,
         )
         mass = tl.zeros((BLOCK_M,), tl.float32)
         moment = tl.zeros((BLOCK_M,), tl.float32)
@@ -639,7 +704,9 @@ def _backward_keys(
             is_real = there
             if HAS_MASK:
                 is_real = tl.load(real + batch * length + rows, mask=there, other=0) != 0
-            q = tl.load(q_head + rows.to(tl.int64)[:, None] * stride_query_t + dims[None, :], mask=is_real[:, None], other=0.0)
+            q = tl.load(
+                q_head + rows.to(tl.int64)[:, None] * stride_query_t + dims[None, :], mask=is_real[:, None], other=0.0
+            )
             place = ((batch * length + rows) * HEADS + head)[:, None] * D + dims[None, :]
             d_out = tl.load(d_output + place, mask=is_real[:, None], other=0.0)
             row_lse = tl.load(lse + of_head + rows, mask=there, other=float("inf"))
@@ -647,7 +714,22 @@ def _backward_keys(
             of_row = tl.load(row_block + batch * length + rows, mask=there, other=-1)
             visible = (slot >= 0)[None, :] & (start + lanes[None, :] <= rows[:, None])
             weights, d_logits, d_gate = _gradient_tile(
-                q, d_out, k, v, gate_k, slot, visible, first, count, of_row, row_lse, row_delta, scale2, True, AUX, PRECISION
+                q,
+                d_out,
+                k,
+                v,
+                gate_k,
+                slot,
+                visible,
+                first,
+                count,
+                of_row,
+                row_lse,
+                row_delta,
+                scale2,
+                True,
+                AUX,
+                PRECISION,
             )
             acc_v = tl.dot(tl.trans(weights.to(v.dtype)), d_out, acc_v, input_precision=PRECISION)
             acc_k = tl.dot(tl.trans(d_logits.to(k.dtype)), q, acc_k, input_precision=PRECISION)
@@ -658,7 +740,9 @@ def _backward_keys(
             is_real = there
             if HAS_MASK:
                 is_real = tl.load(real + batch * length + rows, mask=there, other=0) != 0
-            q = tl.load(q_head + rows.to(tl.int64)[:, None] * stride_query_t + dims[None, :], mask=is_real[:, None], other=0.0)
+            q = tl.load(
+                q_head + rows.to(tl.int64)[:, None] * stride_query_t + dims[None, :], mask=is_real[:, None], other=0.0
+            )
             place = ((batch * length + rows) * HEADS + head)[:, None] * D + dims[None, :]
             d_out = tl.load(d_output + place, mask=is_real[:, None], other=0.0)
             row_lse = tl.load(lse + of_head + rows, mask=there, other=float("inf"))
@@ -672,14 +756,31 @@ def _backward_keys(
             is_real = there
             if HAS_MASK:
                 is_real = tl.load(real + batch * length + rows, mask=there, other=0) != 0
-            q = tl.load(q_head + rows.to(tl.int64)[:, None] * stride_query_t + dims[None, :], mask=is_real[:, None], other=0.0)
+            q = tl.load(
+                q_head + rows.to(tl.int64)[:, None] * stride_query_t + dims[None, :], mask=is_real[:, None], other=0.0
+            )
             place = ((batch * length + rows) * HEADS + head)[:, None] * D + dims[None, :]
             d_out = tl.load(d_output + place, mask=is_real[:, None], other=0.0)
             row_lse = tl.load(lse + of_head + rows, mask=there, other=float("inf"))
             row_delta = tl.load(delta + of_head + rows, mask=there, other=0.0)
             of_row = tl.full((BLOCK_M,), 2147483647, tl.int32)
             weights, d_logits, d_gate = _gradient_tile(
-                q, d_out, k, v, gate_k, slot, (slot >= 0)[None, :], first, count, of_row, row_lse, row_delta, scale2, False, AUX, PRECISION
+                q,
+                d_out,
+                k,
+                v,
+                gate_k,
+                slot,
+                (slot >= 0)[None, :],
+                first,
+                count,
+                of_row,
+                row_lse,
+                row_delta,
+                scale2,
+                False,
+                AUX,
+                PRECISION,
             )
             acc_v = tl.dot(tl.trans(weights.to(v.dtype)), d_out, acc_v, input_precision=PRECISION)
             acc_k = tl.dot(tl.trans(d_logits.to(k.dtype)), q, acc_k, input_precision=PRECISION)
@@ -743,10 +844,10 @@ class _Plan(NamedTuple):
 
 def _make_plan(is_landmark: Tensor, real: Tensor | None, block_n: int) -> _Plan:
     batch, length = is_landmark.shape
-    new = {"dtype": torch.int32, "device": is_landmark.device}
-    by_position = torch.empty((4, batch, length), **new)
-    by_block = torch.empty((10, batch, length + 1), **new)
-    counts, packed = torch.empty((2, batch, 2), **new)
+    new = functools.partial(torch.empty, dtype=torch.int32, device=is_landmark.device)
+    by_position = new((4, batch, length))
+    by_block = new((10, batch, length + 1))
+    counts, packed = new((2, batch, 2))
     token_block, row_block, gate_of, gate_at = by_position
     block_first, block_end, *lists = by_block
     marks = is_landmark if is_landmark.stride(1) == 1 else is_landmark.contiguous()
@@ -755,10 +856,8 @@ def _make_plan(is_landmark: Tensor, real: Tensor | None, block_n: int) -> _Plan:
         marks, marks if real is None else real, token_block, row_block, gate_of, gate_at, block_first, block_end, counts, length,
         marks.stride(0), HAS_MASK=real is not None, BLOCK=64 if INTERPRETED else 1024, num_warps=8,
     )  # fmt: skip
-    _pack[(batch,)](
-        block_first, block_end, gate_at, counts, *lists, packed, length, BLOCK_N=block_n, num_warps=1
-    )
-    return _Plan(token_block, row_block, gate_of, gate_at, block_first, block_end, counts, *lists, packed)
+    _pack[(batch,)](block_first, block_end, gate_at, counts, *lists, packed, length, BLOCK_N=block_n, num_warps=1)
+    return _Plan._make([*by_position, block_first, block_end, counts, *lists, packed])
 
 
 def _make_copies(key: Tensor, value: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,7 @@ are not moved: rotary scores depend on differences, so the query is turned back 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -145,7 +145,8 @@ class LandmarkCacheLayer(CacheLayerMixin):
         self, query: Tensor, key: Tensor, value: Tensor, step: LandmarkStep, inv_freq: Tensor, scale: float
     ) -> Tensor:
         """`(B, Hq, T, Dv)` for the chunk's queries; its keys and values are then kept. All are rotated at `step.positions`."""
-        assert step.finished is not None and step.filled is not None
+        assert step.finished is not None
+        assert step.filled is not None
         output, lse = self._local(query, key, value, step, inv_freq, scale)
         if step.most_finished:
             output = self._retrieve(query, output, lse, step, inv_freq, scale)
@@ -162,6 +163,7 @@ class LandmarkCacheLayer(CacheLayerMixin):
         if before:
             place = _place_of_open(step, self.cache)
             at = torch.arange(before, device=key.device)
+            assert step.filled is not None
             slots = step.filled[:, None] - before + at  # the open slots, at the right end
             index = slots.clamp(min=0)[:, None, :, None]
             open_key = self.open_keys.gather(2, index.expand(-1, key.shape[1], -1, key.shape[3]))
@@ -220,7 +222,7 @@ class LandmarkCacheLayer(CacheLayerMixin):
         for first in range(0, length, rows):
             some = slice(first, min(first + rows, length))
             of = slice(None) if chosen.shape[2] == 1 else some
-            key, value = (keys, values) if keys is not None else self._gather(chosen[:, :, some])
+            key, value = self._gather(chosen[:, :, some]) if keys is None or values is None else (keys, values)
             turned = rotate(query[:, :, some, None].expand(-1, -1, -1, k, -1), -slot[:, :, of] * size, inv_freq)
             inner = torch.einsum("bhtkd,bhukld->bhtkl" if keys is not None else "bhtkd,bhtkld->bhtkl",
                                  turned.to(exact), key.to(exact)) * scale  # fmt: skip
@@ -241,7 +243,8 @@ class LandmarkCacheLayer(CacheLayerMixin):
 
     def _gather(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of blocks `(B, Hq, T, k)`: `(B, Hq, T, k, l + 1, D)`, brought to the model's device."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         batch, heads = chosen.shape[:2]
         index = chosen.to(self.keys.device)
         row = torch.arange(batch, device=index.device)[:, None, None, None]
@@ -250,7 +253,10 @@ class LandmarkCacheLayer(CacheLayerMixin):
 
     def _append(self, key: Tensor, value: Tensor, step: LandmarkStep, inv_freq: Tensor) -> None:
         """Keeps the chunk: keys as if their block came first."""
-        assert self.keys is not None and self.values is not None and step.finished is not None and step.filled is not None
+        assert self.keys is not None
+        assert self.values is not None
+        assert step.finished is not None
+        assert step.filled is not None
         size = self.cache.block_size + 1
         batch = key.shape[0]
         offset = step.slots % size
@@ -288,7 +294,8 @@ class LandmarkCacheLayer(CacheLayerMixin):
 
     def _grow(self, blocks: int) -> None:
         """Room for so many blocks: doubled when it is too small."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         now = self.keys.shape[2]
         if blocks <= now:
             return
@@ -400,7 +407,7 @@ class LandmarkCache(Cache):
         """The cache of one attention layer, made on first use."""
         while len(self.layers) <= index:
             self.layers.append(LandmarkCacheLayer(self))
-        return self.layers[index]
+        return cast(LandmarkCacheLayer, self.layers[index])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -445,7 +452,9 @@ class LandmarkCache(Cache):
         step.most_finished = self.most_tokens // self.block_size
         if ragged:
             step.completes = after // self.block_size - step.finished
-            step.most_filled, step.most_completes = (int(x.max()) if batch else 0 for x in (step.filled, step.completes))
+            step.most_filled, step.most_completes = (
+                int(x.max()) if batch else 0 for x in (step.filled, step.completes)
+            )
         else:
             step.real = None
             step.most_filled = self.most_tokens % self.block_size
@@ -500,7 +509,7 @@ class LandmarkCache(Cache):
 
     def _select(self, rows: Tensor) -> None:
         for layer in self.layers:
-            layer.select(rows)
+            cast(LandmarkCacheLayer, layer).select(rows)
         if self.tokens is not None:
             self.tokens = self.tokens.index_select(0, rows.to(self.tokens.device))
 

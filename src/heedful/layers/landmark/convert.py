@@ -101,18 +101,19 @@ def convert_to_landmark(
             f"train_length={train_length} has no room for top_k={top_k} blocks of {block_size + 1} positions, one before "
             f"them and a chunk: give at least {(top_k + 2) * (block_size + 1)}, or smaller blocks"
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows: int = cast(Any, model.get_input_embeddings()).weight.shape[0]
     token = rows if landmark_token_id is None else landmark_token_id
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= rows:
-        raise ValueError(f"landmark_token_id must be an integer from 0 to {rows} (a new row), got {landmark_token_id!r}")
+        raise ValueError(
+            f"landmark_token_id must be an integer from 0 to {rows} (a new row), got {landmark_token_id!r}"
+        )
     if token == rows:
         model.resize_token_embeddings(rows + 1, mean_resizing=False)
         with torch.no_grad():
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-                weight = cast(Any, layer).weight
-                weight[rows] = weight[:rows].float().mean(0).to(weight.dtype)
-                if getattr(layer, "bias", None) is not None:
-                    layer.bias[rows] = layer.bias[:rows].mean()  # type: ignore[union-attr]
+                for values in (cast(Any, layer).weight, getattr(layer, "bias", None)):
+                    if values is not None:
+                        values[rows] = values[:rows].float().mean(0).to(values.dtype)
     config.landmark = {
         "block_size": block_size,
         "token_id": token,
@@ -174,7 +175,9 @@ def _check_model(model: PreTrainedModel) -> Any:
     kinds = rotary.rope_type.values() if isinstance(rotary.rope_type, dict) else [rotary.rope_type]
     for kind in kinds:
         if kind not in _ROPE_TYPES:
-            raise refuse(f"rotary frequencies of type {kind!r} change with the length; it takes {', '.join(_ROPE_TYPES)}")
+            raise refuse(
+                f"rotary frequencies of type {kind!r} change with the length; it takes {', '.join(_ROPE_TYPES)}"
+            )
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise refuse("it caps attention scores (attn_logit_softcapping)")
     if getattr(config, "attention_dropout", 0.0):
@@ -222,8 +225,10 @@ def _enable(model: PreTrainedModel, decoder: Any) -> None:
     AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
     model.set_attn_implementation(IMPLEMENTATION)
     if model.config._attn_implementation != IMPLEMENTATION:
-        raise ValueError(f"{type(model).__name__} cannot have landmarks: transformers does not let its attention be set")
-    decoder.__class__ = _landmark_class(type(decoder))
+        raise ValueError(
+            f"{type(model).__name__} cannot have landmarks: transformers does not let its attention be set"
+        )
+    decoder.__class__ = _landmark_class(cast(Any, type(decoder)))
 
 
 @functools.cache
@@ -377,7 +382,9 @@ def _cache(given: Any, use_cache: bool | None, options: dict[str, Any]) -> Landm
     # What `generate` makes by default; the model's own cache takes its place.
     if given is None or (isinstance(given, DynamicCache) and given.get_seq_length() == 0):
         return LandmarkCache(options["block_size"], options["top_k"], options["retrieval"])
-    raise ValueError(f"a landmark model needs a heedful.layers.LandmarkCache as past_key_values, not {type(given).__name__}")
+    raise ValueError(
+        f"a landmark model needs a heedful.layers.LandmarkCache as past_key_values, not {type(given).__name__}"
+    )
 
 
 def _padding(attention_mask: Tensor | None, columns: int) -> Tensor | None:
