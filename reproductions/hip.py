@@ -109,7 +109,8 @@ def sinks_and_window(**more: int) -> HiPAttention:
 
 def decoders(quick: bool, **more: int) -> dict[str, HiPAttention]:
     """HiP by the search of decoding (every key looked at, or the tree), and by the steps that one choice serves."""
-    exact, eight = {"decode_sample_method": "oracle"}, {"mask_refresh_interval": 8}
+    exact, tree = {"decode_sample_method": "oracle"}, {"decode_sample_method": "center"}
+    eight = {"mask_refresh_interval": 8}
     settings = {
         "HiP": exact,
         "HiP, a choice for 8 steps": exact | eight,
@@ -117,9 +118,9 @@ def decoders(quick: bool, **more: int) -> dict[str, HiPAttention]:
         | eight
         | {"block_size_k": 8, "top_k": 2 * TOP_K},
         "HiP, a choice for 4 steps of blocks of 16": exact | {"block_size_k": 16, "mask_refresh_interval": 4},
-        "HiP, the tree in decoding": {},
-        "HiP, the tree in decoding, a choice for 8 steps": eight,
-        "HiP, the tree in decoding, 1024 keys": {"top_k": 2 * TOP_K},
+        "HiP, the tree in decoding": tree,
+        "HiP, the tree in decoding, a choice for 8 steps": tree | eight,
+        "HiP, the tree in decoding, 1024 keys": tree | {"top_k": 2 * TOP_K},
     }
     return {
         name: HiPAttention(**{"top_k": TOP_K, **some, **more})

@@ -11,7 +11,7 @@ from heedful.attention.hip.decode import HiPDecodeState
 from heedful.kernels.hip import bounded
 from heedful.kernels.hip.bounded import Rotation
 
-SMALL = {"top_k": 12, "block_size_q": 8, "sliding_window": 8, "num_sink_tokens": 2}
+SMALL = {"top_k": 12, "block_size_q": 8, "sliding_window": 8, "num_sink_tokens": 2, "decode_sample_method": "center"}
 EXTENDED = {**SMALL, "trained_length": 32}
 FAMILIES = [
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "olmo2", "granite",

@@ -20,6 +20,8 @@ from heedful.seam import AttentionCall, Kernel
 from heedful.seam.call import is_recording
 
 _NAME = "HiPAttention"
+# Up to so many keys (slots, of a static cache) decoding looks at all of them: one product, where the tree misses needles.
+_FEW_KEYS = 32768
 
 
 class HiPAttention(Kernel):
@@ -48,9 +50,9 @@ class HiPAttention(Kernel):
         num_sink_tokens: First tokens of a sample that are always read.
         block_stride_k: Every so-many-th key of a block is scored. Default 1.
         sample_method: Which block represents a node of the tree: see `heedful.attention.hip_attention`.
-        decode_sample_method: The same for the searches of decoding. A search of one query costs little next to what a
-            missed key costs: "oracle" looks at every key once each `mask_refresh_interval` steps and finds the exact top
-            blocks. Default None: as `sample_method`.
+        decode_sample_method: The same for the searches of decoding. "oracle" looks at every key, in one product, and finds
+            the exact top blocks; "center" is the tree. Default None: "oracle" for calls of up to 32,768 keys (slots of a
+            static cache), beyond that, or if `sample_method` is given, as `sample_method`.
         head_group_size: Query heads that share a set of keys. Default 1: each has its own.
         stages: The staged scan of InfiniteHiP instead of the tree, for example `[(64, 4, 256, None), (64, 4, 32, 32768),
             (64, 1, 8, 8192)]`; it takes the place of the block arguments, and `top_k` is its final budget.
@@ -94,13 +96,17 @@ class HiPAttention(Kernel):
         See `heedful.attention.hip_attention`. On one CPU core (6 heads of 64, float32) the attention of a prefill takes
         2.1 times as long as PyTorch's fused dense attention at 4k tokens, as long at 16k, half at 32k. Memory is linear
         in T (masks that the model builds for padded batches are not). A decode step reads
-        `top_k + sliding_window + num_sink_tokens` keys, and at a refresh about `2 * top_k * log2(T / top_k)` more.
+        `top_k + sliding_window + num_sink_tokens` keys, and at a refresh about `2 * top_k * log2(T / top_k)` more, or all
+        keys (not values) where it looks at all. Eagerly a step that is no refresh searches nothing; in a captured step
+        the tree searches where it is due, and looking at all, and bounded positions, search every step. Beyond
+        `trained_length` search and attention are plain PyTorch: several times slower, memory still linear in T.
 
     When not to use:
         Prompts below some thousand tokens; with drafters of `heedful.generate`, whose token trees it cannot honour;
-        where a single place far back must be found for certain. Of ten needles of five digits at 4k tokens the bundled
-        model finds all after a sparse prefill with dense decoding (`steps="prefill"`), which costs little, eight with
-        sparse decoding, four with one choice for 8 steps (`reproductions/hip.py`).
+        where a single place far back must be found for certain. A sparse prefill loses nothing there, the searches of
+        decoding do: needles of five digits at 4k tokens, on the bundled model (`reproductions/hip.py`), are all found
+        if each step looks at every key, two thirds by the tree; half with one choice for 8 steps, nearly all if that
+        choice is of 1,024 keys in blocks of 8.
 
     Paper:
         "A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention"
@@ -150,10 +156,11 @@ class HiPAttention(Kernel):
             "impl": impl,
         }
         check_arguments(**self.arguments)
-        self.decode_arguments = {**self.arguments, "sample_method": decode_sample_method or sample_method}
-        check_arguments(**self.decode_arguments)
+        if decode_sample_method is not None:
+            check_arguments(**{**self.arguments, "sample_method": decode_sample_method})
         if stages is not None:
-            self.arguments["block_size_q"] = self.decode_arguments["block_size_q"] = stages[-1][0]
+            self.arguments["block_size_q"] = stages[-1][0]
+        self.decode_sample_method = decode_sample_method
         if mask_refresh_interval < 1:
             raise ValueError(f"mask_refresh_interval must be at least 1, got {mask_refresh_interval}")
         if dense_layers < 0:
@@ -212,7 +219,7 @@ class HiPAttention(Kernel):
         real, documents = self._read_mask(call, total)
         if call.phase == "decode":
             static = self._is_static(call)
-            if static or self.trained_length is not None or self._exact:
+            if static or self.trained_length is not None or self._looks_at_all(call):
                 first = _first_of_runs(real, call.query)
                 key, value = (x if static else x[:, :, :total] for x in (call.key, call.value))
                 if first is not None:
@@ -253,14 +260,21 @@ class HiPAttention(Kernel):
 
     def _is_static(self, call: AttentionCall) -> bool:
         """Whether a decode step of this call can keep its choice on the device."""
-        known = self.decode_arguments["sample_method"] in ("center", "oracle")
+        known = self._decode_method(call) in ("center", "oracle")
         plain = self.arguments["stages"] is None and (known or self.trained_length is not None)
         return plain and isinstance(call.past, Tensor) and call.cache is not None
 
-    @property
-    def _exact(self) -> bool:
+    def _decode_method(self, call: AttentionCall) -> str:
+        """How the searches of decoding sample."""
+        if self.decode_sample_method is not None:
+            return self.decode_sample_method
+        method: str = self.arguments["sample_method"]
+        few = call.key.shape[2] <= _FEW_KEYS and self.arguments["stages"] is None
+        return "oracle" if few and method == "center" else method
+
+    def _looks_at_all(self, call: AttentionCall) -> bool:
         """Whether decoding looks at every key, by a search of its own."""
-        return self.arguments["stages"] is None and self.decode_arguments["sample_method"] == "oracle"
+        return self.arguments["stages"] is None and self._decode_method(call) == "oracle"
 
     # ---- prefill
 
@@ -335,7 +349,8 @@ class HiPAttention(Kernel):
             choice = None if choice.uses >= self.mask_refresh_interval else choice.for_rows_of(key)
         output, mask = hip_attention(
             call.query, key, value, mask=None if choice is None else choice.mask, return_mask=True, attention_mask=real,
-            scale=call.scaling, softcap=call.softcap, sink_logits=call.sinks, **self.decode_arguments,
+            scale=call.scaling, softcap=call.softcap, sink_logits=call.sinks,
+            **{**self.arguments, "sample_method": self._decode_method(call)},
         )  # fmt: skip
         assert isinstance(mask, HiPMask)
         tally.count(mask)
@@ -360,7 +375,7 @@ class HiPAttention(Kernel):
             "sink_logits": call.sinks,
         }
         if self.trained_length is None:
-            if self._exact:
+            if self._looks_at_all(call):
                 renewed = due(choice.state, lengths, self.mask_refresh_interval)
                 if is_recording(query) or bool(renewed.any()):
                     blocks = best_blocks(query, key, lengths, choice.state, first_real) if choice.state.nodes else None
@@ -373,7 +388,7 @@ class HiPAttention(Kernel):
             rotation = self._rotations[call.module]
             output = bounded.decode(
                 query, key, value, lengths, choice.state, offset, rotation, self.trained_length,
-                sample_method=self.decode_arguments["sample_method"], **given,
+                sample_method=self._decode_method(call), **given,
             )  # fmt: skip
         choice.count(lengths, first_real, before)
         return output
