@@ -227,7 +227,8 @@ def main() -> None:
     model = model.to(DEVICE)
     gpu = DEVICE == "cuda"
     instances = 4 if gpu else (1 if arguments.quick else 2)
-    prompts = heedful.interp.needle_prompts(tokenizer, lengths=(4000,), instances=instances, seed=0)
+    depths = (0.2, 0.6) if arguments.quick else (0.1, 0.3, 0.5, 0.7, 0.9)
+    prompts = heedful.interp.needle_prompts(tokenizer, lengths=(4000,), depths=depths, instances=instances, seed=0)
     print("4k", flush=True)
     needles = {"4k": found(model, prompts, 20 if gpu else 1, arguments.quick)}
     prefill = closeness(model, prompts[0].input_ids[None].to(DEVICE))
@@ -235,7 +236,9 @@ def main() -> None:
     for length in (16000, 32000) if gpu else ((8000,) if arguments.quick else (16000,)):
         name = f"{length // 1000}k, bounded positions"
         print(name, flush=True)
-        prompts = heedful.interp.needle_prompts(tokenizer, lengths=(length,), instances=2 if gpu else 1, seed=0)
+        prompts = heedful.interp.needle_prompts(
+            tokenizer, lengths=(length,), depths=depths, instances=2 if gpu else 1, seed=0
+        )
         batch = 160000 // length if gpu else 1
         needles[name] = found(model, prompts, batch, arguments.quick, trained_length=TRAINED)
         counts[name] = len(prompts)

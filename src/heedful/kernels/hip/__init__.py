@@ -39,6 +39,7 @@ class HiPAttention(Kernel):
         >>> with heedful.attach(model, heedful.HiPAttention(top_k=256)) as attached:
         ...     tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)
         >>> share = attached.report()[0]["share_of_keys_read"]
+        >>> longer = heedful.HiPAttention(trained_length=4096)  # reads texts of 16k or 32k tokens with this model
 
     Args:
         top_k: Keys searched for, a query block and head, beside window and sinks.
@@ -110,7 +111,9 @@ class HiPAttention(Kernel):
 
     Paper:
         "A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention"
-        (HiP Attention), Lee, Park, Lee, Suh, Kim, Jeong, Kim, Lee, Jeon, Hwang, arXiv 2406.09827.
+        (HiP Attention), Lee, Park, Lee, Suh, Kim, Jeong, Kim, Lee, Jeon, Hwang, arXiv 2406.09827. Stages and bounded
+        positions: "InfiniteHiP: Extending Language Model Context Up to 3 Million Tokens on a Single GPU", Lee, Park,
+        Suh, Hwang, arXiv 2502.08910.
     """
 
     honours_mask = False
@@ -332,7 +335,7 @@ class HiPAttention(Kernel):
     def _rotation(self, call: AttentionCall) -> bounded.Rotation:
         """The layer's rotary embedding, checked against what the model handed to this call."""
         rotation = self._rotations.get(call.module)
-        if rotation is None:
+        if rotation is None or rotation.frequencies.device != call.query.device:
             rotation = bounded.Rotation.of(call.module, call.query.device)
         if call.positions is not None:
             rotation.check(call.rotary, call.positions, call.real_rows(), call.layer)
