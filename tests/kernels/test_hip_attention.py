@@ -595,6 +595,10 @@ def test_the_exact_search_takes_the_operators_best_blocks(length, shared, stride
     first = torch.tensor([0, 4])
     state = HiPDecodeState(2, 4, 80, head_group_size=shared, **sizes)
     found = best_blocks(query, key, torch.full((2,), length), state, first).repeat_interleave(shared, 1)
+    wide = HiPDecodeState(2, 4, 400, head_group_size=shared, **{**sizes, "top_k": 300})  # more places than blocks
+    every = best_blocks(query, key, torch.full((2,), length), wide, first)
+    assert every.shape == (2, 4 // shared, 100)
+    assert (every >= 0).sum(-1).unique().tolist() == sorted({max(0, -(-(length - 9 - n) // 3)) for n in (0, 4)})
     mask = torch.arange(length) >= first[:, None]
     _, choice = hip_attention(
         query, key[:, :, :length], value[:, :, :length], attention_mask=mask, return_mask=True, sample_method="oracle",

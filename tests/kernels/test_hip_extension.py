@@ -217,6 +217,23 @@ def test_batches_caches_and_chunks_agree(family):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", ["center", "oracle"])
+@pytest.mark.parametrize("trained_length", [None, 32])
+def test_autocast(method, trained_length):
+    model, ids = build("llama"), tokens()
+    part = HiPAttention(**{**SMALL, "decode_sample_method": method}, trained_length=trained_length)
+    if trained_length is None:
+        part = HiPAttention(**{**SMALL, "top_k": 400, "decode_sample_method": method})
+        part._keys_a_row = 0  # every key, by a search: else rounding would choose other ones
+    expected = greedy(model, part, input_ids=ids, new_tokens=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = greedy(model, part, input_ids=ids, new_tokens=2)
+    first, other = found.logits[0].float(), expected.logits[0]
+    assert (first - other).norm() < 0.1 * other.norm()
+    assert torch.isfinite(found.logits[1]).all()
+
+
+@torch.no_grad()
 def test_packed_documents_are_extended_each_by_itself():
     model, lengths = build("llama"), (40, 3, 61, 23)
     ids = torch.cat([tokens(batch=1, length=n, seed=n) for n in lengths], 1)

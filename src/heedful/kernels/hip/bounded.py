@@ -19,7 +19,7 @@ from heedful.attention import HiPMask, hip_attention
 from heedful.attention.hip import reference
 from heedful.attention.hip.decode import HiPDecodeState, _slots
 from heedful.attention.hip.mask import NOWHERE, only_real
-from heedful.kernels.hip.exact import best_blocks, due, renew
+from heedful.kernels.hip.exact import best_blocks, due, renew, without_autocast
 from heedful.seam import AttentionCall
 from heedful.seam.call import is_recording
 
@@ -228,6 +228,7 @@ def prefill(
     return torch.cat((near[:, :, :begin], mixed, far[:, :, overlap:]), 2), near_mask, far_mask
 
 
+@without_autocast
 def attend(
     query: Tensor,
     key: Tensor,
@@ -283,6 +284,7 @@ def attend(
     return torch.cat(outputs, 2)[:, :, :queries]
 
 
+@without_autocast
 def decode(
     query: Tensor,
     key: Tensor,

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from heedful.attention.hip import reference
 from heedful.attention.hip.decode import HiPDecodeState
+
+
+def without_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Runs a function of a query in the dtypes that it names: autocast would narrow its products."""
+
+    @functools.wraps(function)
+    def run(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            return function(query, *args, **kwargs)
+
+    return run
 
 
 def due(state: HiPDecodeState, lengths: Tensor, refresh_interval: int) -> Tensor:
@@ -23,10 +38,11 @@ def renew(state: HiPDecodeState, chosen: Tensor | None, due: Tensor, lengths: Te
     state.refreshes.add_(due)
 
 
+@without_autocast
 def products(query: Tensor, key: Tensor) -> Tensor:
     """q.k of a few rows, `(B, Hq, R, T)` float32, without a wider copy of the keys where the device can do without."""
     batch, heads, rows, _ = query.shape
-    grouped = query.reshape(batch * key.shape[1], -1, query.shape[3])
+    grouped = query.to(key.dtype).reshape(batch * key.shape[1], -1, query.shape[3])
     flat = key.flatten(0, 1)
     if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
         scores = torch.bmm(grouped, flat.mT, out_dtype=torch.float32)
@@ -51,6 +67,7 @@ def best_blocks(query: Tensor, key: Tensor, lengths: Tensor, state: HiPDecodeSta
     scores = scores.gather(-1, slots).masked_fill(hidden, -torch.inf)
     scores = scores.unflatten(-1, (-1, size))[..., :: state.block_stride_k].amax(-1)  # (B, Hq, blocks)
     scores = reference.by_group(scores, state.head_group_size)[:, :: state.head_group_size]
-    best = scores.topk(state.nodes)
+    best = scores.topk(min(state.nodes, scores.shape[-1]))
     chosen = torch.where(best.values > -torch.inf, best.indices, key.shape[2]).sort(-1).values
+    chosen = torch.nn.functional.pad(chosen, (0, state.nodes - chosen.shape[-1]), value=key.shape[2])
     return torch.where(chosen < key.shape[2], chosen, -1).int()
