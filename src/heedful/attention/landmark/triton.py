@@ -814,7 +814,7 @@ class _Config(NamedTuple):
 
 def _config(dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
-        tile = _Tile(32, 32, 4, 1)
+        tile = _Tile(32, 32, 4, 1) if dim <= 128 else _Tile(16, 16, 4, 1)
         return _Config(tile, tile, tile)
     if dim <= 128:
         return _Config(_Tile(64, 64, 4, 3), _Tile(64, 64, 4, 2), _Tile(128, 64, 8, 1))
