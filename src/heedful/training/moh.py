@@ -101,7 +101,7 @@ def train_moh(
         from heedful.training import train_moh
 
         model, tokenizer = heedful.zoo.load("classics-20m")
-        train_moh(model, tokenizer, "books.jsonl", "runs/moh", steps=600, distillation=1.0)
+        train_moh(model, tokenizer, "books.jsonl", "runs/moh", steps=600, distillation=10.0)
 
     Args:
         model: A transformers causal language model, converted here (`heedful.layers.convert_to_moh`) and trained in float32; a GPU
@@ -114,8 +114,8 @@ def train_moh(
         steps: Optimiser steps. batch_size: rows of a step, over all processes. length: tokens of a row. (Of batches by step, the
             last two are theirs.)
         lr, weight_decay, warmup, clip: Of AdamW; warm-up as a share of the steps, then half a cosine to zero.
-        balance: Weight of the balance loss (over the rows of one process). distillation: weight of the divergence from the model before its conversion;
-            10 recovers a small model sooner than 1.
+        balance: Weight of the balance loss (over the rows of one process). distillation: weight of the divergence from the
+            model before its conversion; 10 recovers a small model sooner than 1.
         seed: Of the rows.
         checkpoint_every: Steps between checkpoints. resume: go on from one if it is there.
         progress: A bar on stderr. stop_after: leave, with a checkpoint, after that step.
