@@ -11,6 +11,7 @@ import torch
 import transformers
 from tiny_models import build
 
+import heedful
 from heedful.layers import LandmarkAttention, LandmarkCache, convert_to_landmark, load_landmark
 from heedful.layers.landmark.cache import rotate
 
@@ -35,6 +36,11 @@ def cached(layer, x, chunks, **options):
             parts.append(layer(chunk, cache=cache, step=step))
             cache.finish()
     return torch.cat(parts, 1), cache
+
+
+class Rows(heedful.Probe):
+    def outputs(self, call, output):
+        pass
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------------------
@@ -228,6 +234,13 @@ def test_beam_search_and_errors_of_generation():
         model(ids(), past_key_values=LandmarkCache(5))
     with pytest.raises(ValueError, match="padding mask"):
         model(ids(), attention_mask=torch.ones(2, 1, 30, 30))
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="knows no landmarks"):
+        model(ids())
+    model.set_attn_implementation("heedful_landmark")
+    with heedful.attach(model, Rows(layers=[1])) as attached:  # parts see text and landmarks
+        model(ids())
+    assert attached.report()[0]["rows"] == 2 * 40
 
 
 def test_saved_and_loaded(tmp_path):

@@ -324,6 +324,11 @@ class _LandmarkDecoder:
         return result
 
     def _run(self, ids: Tensor | None, embeds: Tensor | None, step: LandmarkStep, kwargs: dict[str, Any]) -> Any:
+        if self.config._attn_implementation != IMPLEMENTATION:
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} knows no landmarks: "
+                f"call model.set_attn_implementation({IMPLEMENTATION!r})"
+            )
         step.rotary = self.rotary_emb
         token = self.config.landmark["token_id"]
         if ids is not None:

@@ -26,7 +26,8 @@ class LandmarkAttention(nn.Module):
         >>> cache = LandmarkCache(block_size=7, top_k=2)
         >>> for chunk in x.split(16, 1):  # each chunk reads two blocks of the earlier ones
         ...     step = cache.begin_slots(2, 16, x.device)
-        ...     y = attention(chunk, cache=cache, step=step)
+        ...     with torch.no_grad():
+        ...         y = attention(chunk, cache=cache, step=step)
         ...     cache.finish()
 
     Args:
