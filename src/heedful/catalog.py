@@ -70,7 +70,6 @@ METHODS = (
         also=("heedful.training:train_hidden_transfer",),
         does="drafts with pseudo hidden states that the upper layers refine inside the verifying forward",
         extra="peft",
-        status="experimental",
     ),
     Method(
         slug="landmark",
@@ -118,7 +117,6 @@ METHODS = (
         also=("heedful.attention:tree_attention", "heedful.training:train_longspec"),
         does="drafts a beam tree with one block that reads the target's cache, in memory that does not grow",
         extra="peft",
-        status="experimental",
     ),
     Method(
         slug="medusa",
@@ -131,7 +129,6 @@ METHODS = (
         also=("heedful.training:train_medusa",),
         does="drafts with a few heads on the last hidden state, and verifies a tree of their best tokens",
         extra="peft",
-        status="experimental",
     ),
     Method(
         slug="moh",
