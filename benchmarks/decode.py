@@ -67,7 +67,11 @@ def drafters(model: Path | None) -> dict[str, Drafter]:
         "token-recycling": TokenRecycling(),
         "token-recycling, cold": TokenRecycling(),
         "sequence": Sequence(PromptLookup(), TokenRecycling()),
-        **{slug: TRAINED[slug].from_pretrained(folder) for slug, folder in folders.items() if (folder / "config.json").exists()},
+        **{
+            slug: TRAINED[slug].from_pretrained(folder)
+            for slug, folder in folders.items()
+            if (folder / "config.json").exists()
+        },
     }
 
 

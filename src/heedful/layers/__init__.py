@@ -20,7 +20,7 @@ _EXPORTS = {
     "load_landmark": "heedful.layers.landmark",
 }
 
-__all__ = [  # noqa: F822 (names are looked up in _EXPORTS)
+__all__ = [
     "LandmarkAttention",
     "LandmarkCache",
     "LightningAttention",

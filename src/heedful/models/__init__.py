@@ -12,7 +12,7 @@ _EXPORTS = {
     "LightningModel": "heedful.models.lightning",
 }
 
-__all__ = ["LightningConfig", "LightningForCausalLM", "LightningModel"]  # noqa: F822 (names are looked up in _EXPORTS)
+__all__ = ["LightningConfig", "LightningForCausalLM", "LightningModel"]
 
 if TYPE_CHECKING:
     from heedful.models.lightning import LightningConfig, LightningForCausalLM, LightningModel

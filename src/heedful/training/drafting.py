@@ -189,7 +189,9 @@ def train_drafter(
     """
     from accelerate import Accelerator
 
-    lower = model.device.type == "cuda" or model.dtype != torch.float32  # a model in bfloat16 meets a drafter in float32
+    lower = (
+        model.device.type == "cuda" or model.dtype != torch.float32
+    )  # a model in bfloat16 meets a drafter in float32
     accelerator = Accelerator(mixed_precision="bf16" if lower else "no")
     if batch_size % accelerator.num_processes:
         raise ValueError(f"batch_size={batch_size} is not a multiple of the {accelerator.num_processes} processes")
