@@ -101,11 +101,13 @@ def test_what_is_not_finite_stays_with_the_rows_that_see_it(which, bad):
     (query, key, value)[which][0, 0, 500, 3] = bad
     got = routed_attention(query, key, value, active, impl="triton")
     assert torch.equal(got[1], clean[1])
-    assert torch.equal(got[0, :, :500], clean[0, :, :500])
+    # A tile with something that is not finite is done again by a kernel that rounds in another order.
+    close = {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(got[0, :, :500], clean[0, :, :500], **close)
     rows = ~got[0, 0].isfinite().all(-1)
     assert bool(rows[500])
     if which == 0:
-        assert torch.equal(got[0, 0, 501:], clean[0, 0, 501:])
+        torch.testing.assert_close(got[0, 0, 501:], clean[0, 0, 501:], **close)
     if which == 2:
         assert torch.equal(rows[500:], active[0, 500:, 0])
 

@@ -10,6 +10,7 @@ has ended moves nothing any more, so a step too many does no harm.
 from __future__ import annotations
 
 import copy
+import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -277,6 +278,8 @@ class Session:
         self.shown: Trees
         self.steps: dict[int, CapturedStep] = {}
         self.pool = torch.cuda.graph_pool_handle() if capture else None
+        # Of this device: the stream that torch.cuda.graph captures on otherwise is of the device of the first capture.
+        self.stream = torch.cuda.Stream(device) if capture else None
         self.capture_seconds = 0.0
         self.graph_bytes = 0
         self.hidden: list[Tensor] = []
@@ -470,17 +473,31 @@ class CapturedStep:
         session = self.session
         torch.cuda.synchronize(session.device)
         held = torch.cuda.memory_reserved(session.device)
+        into = {"pool": session.pool, "stream": session.stream}
         graph = torch.cuda.CUDAGraph()
-        with self._attached(), torch.cuda.graph(graph, pool=session.pool):
+        with self._attached(), _no_collection(), torch.cuda.graph(graph, **into):
             self.step, self.report = session.verify(self.trees)
         self.graphs.append(graph)
         if session.drafter is not None:
             graph = torch.cuda.CUDAGraph()
-            with torch.no_grad(), torch.cuda.graph(graph, pool=session.pool):
+            with torch.no_grad(), _no_collection(), torch.cuda.graph(graph, **into):
                 session.draft(self.step)
             self.graphs.append(graph)
         session.capture_seconds += perf_counter() - began
         session.graph_bytes += torch.cuda.memory_reserved(session.device) - held
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector out of a capture, which another graph's end would break."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager
