@@ -11,8 +11,9 @@ from torch.nn import functional
 from heedful.attention import choose_heads, dispatch_heads, routed_attention, routed_output, routed_projection
 from heedful.layers.moh.routing import load_balance
 
-# Keys of a row times the share of heads that a token does not have, from which on skipping is faster than computing all heads.
-SKIP_FROM = 2048
+# Keys of a row times the share of heads that a token does not have, from which on skipping is faster than computing all heads
+# (on an H100, in bfloat16: reproductions/results/attention-moh-h100.json).
+SKIP_FROM = 4096
 # The output projection skips heads where a token has at most one in so many of the routed ones: above, one dense product over
 # zeros is faster than products of each head's rows and their sum.
 OUTPUT_SHARE = 8
@@ -52,10 +53,11 @@ class MixtureOfHeads(nn.Module):
         ValueError: If the numbers of heads do not fit.
 
     Cost:
-        The parameters of multi-head attention and `C * (H + 2)` of routers. On a GPU, from some 4,096 tokens on, a routed
-        head that a token does not have costs no query projection, no scores and no product with the values, and where a
-        token has at most an eighth of the routed heads, no output projection: with more, one dense product over zeros is
-        faster (both are in `benchmarks/operators/moh.py`). Elsewhere all heads are computed. Backward, the weights' gradients are dense.
+        The parameters of multi-head attention and `C * (H + 2)` of routers. On a GPU, from 8,192 tokens on with half of the
+        heads and from 16,384 with three quarters, a routed head that a token does not have costs no query projection, no scores
+        and no product with the values, and where a token has at most an eighth of the routed heads, no output projection: with
+        more, one dense product over zeros is faster (both are in `benchmarks/operators/moh.py`). Elsewhere all heads are
+        computed. Backward, the weights' gradients are dense.
 
     When not to use:
         To shorten generation: at one token a step, keys and values are what is read, and they stay. It keeps no cache; models that
