@@ -32,7 +32,8 @@ def test_list(capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "list", "--json")
     assert code == 0
     assert {record["slug"] for record in json.loads(out)} == {
-        "act", "hidden-transfer", "hip", "longspec", "medusa", "retrieval-heads", "token-recycling",
+        "act", "hidden-transfer", "hip", "landmark", "lightning2", "longspec", "medusa", "moh", "retrieval-heads", "sinklora",
+        "token-recycling",
     }  # fmt: skip
     code, out, _ = run(capsys, monkeypatch, "list")
     assert code == 0
