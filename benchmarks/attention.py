@@ -13,6 +13,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import traceback
@@ -87,27 +88,48 @@ class Bench:
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Time against length, a line for each contestant and kind of case."""
+    """Time against length: a panel for each kind of case (the case without its length), a colour for each contestant."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    lines: dict[str, list[tuple[int, float]]] = {}
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
         if row["length"]:
-            lines.setdefault(f"{row['case'].split()[0]}: {row['contestant']}", []).append((row["length"], row["ms"]))
-    if not lines:
+            kind = re.sub(r"[, ]*(T[= ]?)?\b\d+k?$", "", row["case"])
+            panels.setdefault(kind, {}).setdefault(row["contestant"], []).append((row["length"], row["ms"]))
+    panels = {kind: lines for kind, lines in panels.items() if any(len(points) > 1 for points in lines.values())}
+    if not panels:
         return
-    figure, axes = plt.subplots(figsize=(8, 5))
-    for name, points in sorted(lines.items()):
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=title)
-    axes.set_xscale("log", base=2)
-    axes.legend(fontsize=7)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    colours = dict(zip(names, plt.get_cmap("tab10").colors * 2, strict=False))
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    figure, grid = plt.subplots(down, across, figsize=(4.2 * across + 0.6, 3.1 * down + 0.8), squeeze=False)
+    for axes, (kind, lines) in zip(grid.flat, panels.items(), strict=False):
+        for name, points in lines.items():
+            ours = name.startswith(("heedful", "HiP", "skipped"))
+            axes.plot(
+                *zip(*sorted(points), strict=True), marker="o", ms=4, lw=2.2 if ours else 1.2, color=colours[name]
+            )
+        lengths = sorted({length for points in lines.values() for length, _ in points})
+        axes.set_xscale("log", base=2)
+        axes.set(yscale="log", title=kind, xlabel="tokens", ylabel="milliseconds")
+        axes.set_xticks(lengths, [f"{n // 1024}k" if n % 1024 == 0 else str(n) for n in lengths])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.grid(alpha=0.3)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    handles = [plt.Line2D([], [], color=colours[name], marker="o", ms=4, label=name) for name in names]
+    figure.suptitle(title)
+    figure.tight_layout(rect=(0, 0.2 * -(-len(names) // 3) / figure.get_figheight() + 0.01, 1, 1))
+    figure.legend(handles=handles, loc="lower center", ncols=min(3, len(names)), fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

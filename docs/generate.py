@@ -114,7 +114,8 @@ def benchmarks() -> str:
         lines += [
             f"## {record['operator']}, {record['device']}",
             "",
-            f"{record['date']}, commit {record['commit']}, torch {record['versions']['torch']}, Triton {record['versions']['triton']}.",
+            f"{record['date']}, commit {record['commit']}, torch {record['versions']['torch']}, Triton {record['versions']['triton']}."
+            + (f" {record['notes']}" if record.get("notes") else ""),
             "",
         ]
         if path.with_suffix(".png").exists():
