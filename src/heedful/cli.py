@@ -30,7 +30,7 @@ bench_app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 train_app = typer.Typer(
-    help="Train a drafter for a model; under `accelerate launch -m heedful.cli train ...` on several devices.",
+    help="Train a drafter, or tune a model; under `accelerate launch -m heedful.cli train ...` on several devices.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
