@@ -378,6 +378,29 @@ def test_a_mask_serves_its_own_call_again_and_not_older_rows():
         hip_attention(*tensors(batch=2), mask=mask)
 
 
+def test_a_mask_knows_where_its_rows_begin():
+    """Blocks count from the first real token: with other padding they would be other tokens."""
+    query, key, value = tensors(batch=2, queries=201)
+    real = left_padding(2, 201, [0, 30])
+    early = [x[:, :, :200] for x in (query, key, value)]
+    _, plain = hip_attention(*early, return_mask=True, **SMALL)
+    output, padded = hip_attention(*early, return_mask=True, attention_mask=real[:, :200], **SMALL)
+    assert torch.equal(hip_attention(*early, mask=padded), output)
+    assert torch.equal(hip_attention(*early, mask=padded, attention_mask=real[:, :200]), output)
+    hidden = real[:, :200].clone()
+    hidden[:, 100] = False  # a hole moves no block
+    holed, used = hip_attention(*early, mask=padded, attention_mask=hidden, return_mask=True)
+    assert not used.dense()[..., 100].any()
+    torch.testing.assert_close(holed, dense(*early, used.dense()), atol=1e-5, rtol=1e-5)
+    for mask, given in ((plain, real), (padded, left_padding(2, 201, [0, 31]))):
+        with pytest.raises(ValueError, match="leave mask out"):
+            hip_attention(*early, mask=mask, attention_mask=given[:, :200])
+        with pytest.raises(ValueError, match="leave mask out"):
+            hip_attention(query[:, :, -1:], key, value, mask=mask, attention_mask=given)
+    with pytest.raises(ValueError, match="give this call's"):
+        hip_attention(query[:, :, -1:], key, value, mask=padded)
+
+
 @pytest.mark.parametrize("attention_mask", [None, left_padding(2, 120, [0, 13])])
 def test_gradients_equal_those_of_restricted_dense_attention(attention_mask):
     inputs = [x.requires_grad_() for x in tensors(batch=2, queries=120, dtype=torch.float64)]
@@ -757,6 +780,8 @@ def test_number_of_dot_products():
         ({"scale": 0.0}, "scale"),
         ({"softcap": -1.0}, "softcap"),
         ({"sink_logits": torch.zeros(2)}, "sink_logits"),
+        ({"sink_logits": [0.0] * 4}, "sink_logits"),
+        ({"stages": [64]}, "stages must be"),
         ({"impl": "triton"}, "takes D and Dv of 16"),
         ({"impl": "cuda"}, "impl must be"),
     ],

@@ -70,7 +70,7 @@ def test_equals_the_model_when_every_key_is_read(family, padding):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2", "qwen3", "cohere2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "gpt2", "qwen3", "cohere2"])
 def test_generates_the_models_tokens_when_every_key_is_read(family, cache):
     model = build(family)
     inputs = left_padded(tokens(), [0, 5])
@@ -652,6 +652,11 @@ def test_drafted_tokens_are_refused():
         ({"dense_layers": -1}, "dense_layers"),
         ({"impl": "cuda"}, "impl must be one of"),
         ({"sampled_rows": -1}, "sampled_rows"),
+        ({"sampled_rows": 2.5}, "sampled_rows"),
+        ({"mask_refresh_interval": 2.5}, "mask_refresh_interval"),
+        ({"dense_layers": True}, "dense_layers"),
+        ({"prefill_dense_threshold": -1}, "prefill_dense_threshold"),
+        ({"decode_sample_method": "best"}, "sample_method"),
         ({"head_group_size": 0}, "head_group_size"),
         ({"stages": []}, "stages must be"),
         ({"sample_method": "best"}, "sample_method"),
@@ -660,6 +665,30 @@ def test_drafted_tokens_are_refused():
 def test_arguments_that_do_not_fit_are_refused_at_once(arguments, message):
     with pytest.raises(ValueError, match=message):
         HiPAttention(**arguments)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_tokens_from_a_block_boundary_on_change_nothing_before_it(family):
+    changes = {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3} if family == "gemma3_text" else {}
+    model, ids = build(family, **changes), tokens(length=64)
+    changed = ids.clone()
+    changed[:, 40:] = tokens(seed=1, length=64)[:, 40:]
+    one, other = (logits(model, HiPAttention(**SMALL), input_ids=x) for x in (ids, changed))
+    assert torch.equal(one[:, :40], other[:, :40])
+    assert not torch.equal(one[:, 40:], other[:, 40:])
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("trained_length", [None, 32])
+def test_inference_mode(cache, trained_length):
+    model, inputs = build("llama"), left_padded(tokens(), [0, 5])
+    options = {"cache_implementation": "static"} if cache == "static" else {}
+    arguments = {**SMALL, "mask_refresh_interval": 3, "trained_length": trained_length}
+    expected = greedy(model, HiPAttention(**arguments), **inputs, **options)
+    with torch.inference_mode():
+        found = greedy(model, HiPAttention(**arguments), **inputs, **options)
+    assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
 
 
 def test_leaving_restores_the_model():

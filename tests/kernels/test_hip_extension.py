@@ -180,6 +180,53 @@ def test_no_distance_is_longer_than_what_was_trained(monkeypatch):
     assert max(high for _, high in far) - min(low for low, _ in far) <= 2 + 6 + 9 + 4
 
 
+@pytest.mark.parametrize("shared", [1, 2])
+def test_decoding_in_stages_is_the_prefill_in_stages(shared):
+    rotation, _, _, query, key, value, mask, offset = rotated()
+    stages = [(16, 4, 8, None), (16, 1, 2, 16)]
+    sizes = {"top_k": 6, "num_sink_tokens": 2, "head_group_size": shared}
+    state = HiPDecodeState(2, 4, 64, block_size_k=2, sliding_window=15, **sizes)
+    given = {"scale": 8**-0.5, "softcap": None, "sink_logits": None, "stages": stages}
+    first, chosen = mask.to(torch.uint8).argmax(1), set()
+    for length in range(20, 49):
+        row, lengths = query[:, :, length - 1 : length], torch.full((2,), length)
+        keys, values = key[:, :, :length], value[:, :, :length]
+        found = bounded.decode(
+            row, keys, values, lengths, state, offset, rotation, 26, refresh_interval=1, first_real=first, **given
+        )
+        expected, near, far = bounded.prefill(
+            row,
+            keys,
+            values,
+            mask[:, :length],
+            offset,
+            rotation,
+            26,
+            block_size_q=16,
+            sliding_window=9,
+            **sizes,
+            **given,
+        )
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        chosen.add(tuple(state.blocks[0, 0].tolist()))
+    assert len(chosen) > 8
+
+
+@torch.no_grad()
+def test_stages_beyond_the_trained_length():
+    model, ids = build("llama"), tokens()
+    arguments = {**SMALL, "stages": [(8, 2, 8, None), (8, 1, 4, 24)], "mask_refresh_interval": 3, "trained_length": 32}
+    dynamic = greedy(model, HiPAttention(**arguments), input_ids=ids)
+    static = greedy(model, HiPAttention(**arguments), input_ids=ids, cache_implementation="static")
+    torch.testing.assert_close(torch.stack(static.logits), torch.stack(dynamic.logits), atol=2e-4, rtol=1e-4)
+    # A token decoded is a prefill's row whose block has no other.
+    part = HiPAttention(**{**SMALL, "stages": [(1, 1, 8, None), (1, 1, 4, 24)], "trained_length": 32})
+    decoded = greedy(model, part, input_ids=ids)
+    with attach(model, part):
+        whole = model(decoded.sequences).logits[:, 47:-1]
+    torch.testing.assert_close(torch.stack(decoded.logits, 1), whole, atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss", "gemma3_text"])
 def test_within_the_trained_length_nothing_changes(family, cache):
@@ -272,6 +319,8 @@ def test_backward_runs_beyond_the_trained_length():
     ("arguments", "message"),
     [
         ({"trained_length": 20}, "below what a row reads"),
+        ({"trained_length": 30, "stages": [(32, 1, 8, None), (8, 1, 4, 16)]}, "below what a row reads"),
+        ({"trained_length": 64.5}, "trained_length must be an integer"),
         ({"trained_length": 64, "dense_layers": 1}, "dense_layers, heads, rows and steps"),
         ({"trained_length": 64, "steps": "decode"}, "dense_layers, heads, rows and steps"),
         ({"trained_length": 64, "prefill_dense_threshold": 65}, "above trained_length"),

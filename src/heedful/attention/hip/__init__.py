@@ -89,7 +89,8 @@ def hip_attention(
             None), (64, 4, 32, 32768), (64, 1, 8, 8192)]` with top_k 2048, window 1024 and 256 sinks.
         mask: The choice of an earlier call, instead of a search: of a call of the same shape, or of one whose rows are
             all older, as in decoding. Then its last query block's choice serves, and the windows reach back to where
-            that block's search ended. Sizes are the mask's own, those above are not used.
+            that block's search ended. Sizes are the mask's own, those above are not used. Its rows must begin at the
+            same slots (checked on the CPU).
         return_mask: Return `(output, mask)`: a `HiPMask`, whose `dense()` is exactly what was attended.
         attention_mask: bool `(B, Tk)`, True for real tokens. Positions, sinks and key blocks count from the first real
             token of a row, so that left padding by a multiple of `block_size_q` changes nothing. Right padding does not
@@ -155,9 +156,8 @@ def hip_attention(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
 
-    if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
-        raise ValueError(f"sink_logits must be ({query.shape[1]},), got shape {tuple(sink_logits.shape)}")
-
+    if sink_logits is not None:
+        check_sink_logits(sink_logits, query)
     if stages is not None:
         block_size_q, _, block_size_k, _ = stages[-1]
     if 0 in query.shape[:3]:
@@ -223,7 +223,9 @@ def hip_attention(
                     f"mask has (B, Hq) = {tuple(mask.blocks.shape[:2])} on {mask.blocks.device}, query "
                     f"{tuple(query.shape[:2])} on {query.device}; leave mask out to choose anew"
                 )
-            if (mask.num_queries, mask.num_keys) != (query.shape[2], key.shape[2]):
+            if (mask.num_queries, mask.num_keys) == (query.shape[2], key.shape[2]):
+                mask = mask.padded(attention_mask)
+            else:
                 mask = mask.extended(query.shape[2], key.shape[2], attention_mask)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         output = backend.attend(query, key, value, mask, scale=scale, softcap=softcap, sink_logits=sink_logits)
@@ -276,6 +278,20 @@ def _backend(
     return plain
 
 
+def check_sink_logits(sink_logits: Tensor, query: Tensor) -> None:
+    """Raises ValueError unless there is one for each head of `query (B, Hq, Tq, D)`, on its device."""
+    fits = isinstance(sink_logits, Tensor) and sink_logits.shape == query.shape[1:2]
+    if not fits or sink_logits.device != query.device:
+        got = f"{tuple(sink_logits.shape)} on {sink_logits.device}" if isinstance(sink_logits, Tensor) else sink_logits
+        raise ValueError(f"sink_logits must be a tensor ({query.shape[1]},) on {query.device}, got {got}")
+
+
+def check_size(name: str, size: int, least: int) -> None:
+    """Raises ValueError unless `size` is an integer of at least `least`."""
+    if isinstance(size, bool) or not isinstance(size, int) or size < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+
+
 def check_arguments(
     *,
     top_k: int,
@@ -302,15 +318,13 @@ def check_arguments(
         "head_group_size": head_group_size,
     }
     for name, size in sizes.items():
-        least = 0 if name in ("sliding_window", "num_sink_tokens") else 1
-        if isinstance(size, bool) or not isinstance(size, int) or size < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
-    if block_stride_q > block_size_q:
-        raise ValueError(f"block_stride_q ({block_stride_q}) must not be above block_size_q ({block_size_q})")
-    if block_stride_k > block_size_k:
-        raise ValueError(f"block_stride_k ({block_stride_k}) must not be above block_size_k ({block_size_k})")
+        check_size(name, size, 0 if name in ("sliding_window", "num_sink_tokens") else 1)
     if stages is not None:
         _check_stages(stages)
+    elif block_stride_q > block_size_q:
+        raise ValueError(f"block_stride_q ({block_stride_q}) must not be above block_size_q ({block_size_q})")
+    elif block_stride_k > block_size_k:
+        raise ValueError(f"block_stride_k ({block_stride_k}) must not be above block_size_k ({block_size_k})")
     if sample_method not in _SAMPLE_METHODS:
         raise ValueError(f"sample_method must be one of {', '.join(map(repr, _SAMPLE_METHODS))}, got {sample_method!r}")
     if impl not in _IMPLEMENTATIONS:
@@ -326,13 +340,13 @@ def _check_stages(stages: Sequence[Stage]) -> None:
         raise ValueError(f"{rule}; got none")
     before = None
     for stage in stages:
-        fits = len(stage) == 4 and (stage[3] is None) == (before is None)
+        fits = isinstance(stage, Sequence) and len(stage) == 4 and (stage[3] is None) == (before is None)
         fits = fits and all(isinstance(x, int) and not isinstance(x, bool) and x > 0 for x in stage if x is not None)
         fits = fits and None not in stage[:3] and stage[1] <= stage[0] and stage[2] & (stage[2] - 1) == 0
         if fits and before is not None:
             fits = before[0] % stage[0] == 0 and before[2] % stage[2] == 0
         if not fits:
-            raise ValueError(f"{rule}; got {tuple(stage)}" + (f" after {tuple(before)}" if before else ""))
+            raise ValueError(f"{rule}; got {stage!r}" + (f" after {before!r}" if before else ""))
         before = stage
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from heedful.attention.hip import reference
+from heedful.attention.hip import check_sink_logits, check_size, reference
 
 __all__ = ["HiPDecodeState", "hip_decode"]
 
@@ -90,8 +90,7 @@ class HiPDecodeState:
             "head_group_size": (head_group_size, 1),
         }
         for name, (size, least) in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
+            check_size(name, size, least)
         if block_stride_k > block_size_k:
             raise ValueError(f"block_stride_k ({block_stride_k}) must not be above block_size_k ({block_size_k})")
         if heads % head_group_size:
@@ -360,14 +359,13 @@ def _check(
         raise ValueError(
             f"the cache holds {key.shape[2]} tokens, state was made for max_length={state.max_length}; make it larger"
         )
-    if isinstance(refresh_interval, bool) or not isinstance(refresh_interval, int) or refresh_interval < 1:
-        raise ValueError(f"refresh_interval must be an integer of at least 1, got {refresh_interval!r}")
+    check_size("refresh_interval", refresh_interval, 1)
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    if sink_logits is not None and sink_logits.shape != (heads,):
-        raise ValueError(f"sink_logits must be ({heads},), got shape {tuple(sink_logits.shape)}")
+    if sink_logits is not None:
+        check_sink_logits(sink_logits, query)
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
     if not query.is_cuda and not torch.compiler.is_compiling() and batch:

@@ -87,16 +87,22 @@ class HiPMask:
         Args:
             num_queries: Tq of the later call; its rows must be younger than all of this mask's.
             num_keys: Tk of the later call.
-            attention_mask: bool `(B, Tk)` of the later call, or None.
+            attention_mask: bool `(B, Tk)` of the later call; None only if this mask has none either.
 
         Raises:
-            ValueError: If the rows are not younger than this mask's.
+            ValueError: If the rows are not younger than this mask's, or their padding is another.
         """
         if num_keys - num_queries < self.num_keys:
             raise ValueError(
                 f"mask was chosen at {self.num_keys} keys, this call has rows from slot {num_keys - num_queries} on: "
                 "a choice serves the rows it was made for and younger ones; leave mask out to choose anew"
             )
+        if attention_mask is None and self.attention_mask is not None:
+            raise ValueError(
+                f"mask was chosen with an attention_mask, which says where its blocks lie: give this call's, ({len(self.blocks)}, "
+                f"{num_keys})"
+            )
+        self._check_padding(attention_mask)
         rows = min(self.block_size_q, num_queries)
         count = -(-num_queries // rows)
         batch, heads, blocks_then, places = self.blocks.shape
@@ -111,6 +117,27 @@ class HiPMask:
             attention_mask=attention_mask,
             chosen_at=last_block if self.chosen_at is None else self.chosen_at,
         )
+
+    def padded(self, attention_mask: Tensor | None) -> HiPMask:
+        """This mask with the `attention_mask` of another call of its shape; None leaves its own.
+
+        Raises:
+            ValueError: If the first real tokens of the rows are others, from which the blocks count.
+        """
+        if attention_mask is None:
+            return self
+        self._check_padding(attention_mask)
+        return dataclasses.replace(self, attention_mask=attention_mask)
+
+    def _check_padding(self, attention_mask: Tensor | None) -> None:
+        if self.blocks.is_cuda or torch.compiler.is_compiling():
+            return  # asking would wait for the device
+        first = first_real_slot(attention_mask, len(self.blocks), self.blocks.device)
+        if not torch.equal(first, self.first_slot):
+            raise ValueError(
+                f"mask was chosen where rows begin at slots {self.first_slot.tolist()}, by this attention_mask they begin at "
+                f"{first.tolist()}: its blocks would be other tokens; leave mask out to choose anew"
+            )
 
     def dense(self) -> Tensor:
         """The choice as a bool tensor `(B, Hq, Tq, Tk)`, True where attended. For tests and pictures: it is Tq x Tk."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from heedful.attention import HiPMask, by_document, hip_attention
-from heedful.attention.hip import check_arguments
+from heedful.attention.hip import check_arguments, check_size
 from heedful.attention.hip.decode import HiPDecodeState, hip_decode
 from heedful.kernels._causal import check_mask, positions_in_documents, refuse, window_of
 from heedful.kernels.hip import bounded
@@ -56,7 +56,7 @@ class HiPAttention(Kernel):
             static cache), beyond that, or if `sample_method` is given, as `sample_method`.
         head_group_size: Query heads that share a set of keys. Default 1: each has its own.
         stages: The staged scan of InfiniteHiP instead of the tree, for example `[(64, 4, 256, None), (64, 4, 32, 32768),
-            (64, 1, 8, 8192)]`; it takes the place of the block arguments, and `top_k` is its final budget.
+            (64, 1, 8, 8192)]`; it takes the place of the block arguments and sample methods, and `top_k` is its final budget.
         trained_length: Length extension: rows at this position and beyond read their keys at positions bounded as in
             InfiniteHiP, turned again from the cache's. Give the length that the model was trained on; `top_k`, window
             and sinks must fit into it. Default None: positions stay as they are.
@@ -162,22 +162,23 @@ class HiPAttention(Kernel):
         if decode_sample_method is not None:
             check_arguments(**{**self.arguments, "sample_method": decode_sample_method})
         if stages is not None:
-            self.arguments["block_size_q"] = stages[-1][0]
+            blocks = zip(("block_size_q", "block_stride_q", "block_size_k"), stages[-1][:3], strict=True)
+            self.arguments |= {**dict(blocks), "block_stride_k": 1}
         self.decode_sample_method = decode_sample_method
-        if mask_refresh_interval < 1:
-            raise ValueError(f"mask_refresh_interval must be at least 1, got {mask_refresh_interval}")
-        if dense_layers < 0:
-            raise ValueError(f"dense_layers must be at least 0, got {dense_layers}")
-        if sampled_rows < 0:
-            raise ValueError(f"sampled_rows must be at least 0, got {sampled_rows}")
+        check_size("mask_refresh_interval", mask_refresh_interval, 1)
+        check_size("dense_layers", dense_layers, 0)
+        check_size("sampled_rows", sampled_rows, 0)
+        if prefill_dense_threshold is not None:
+            check_size("prefill_dense_threshold", prefill_dense_threshold, 0)
         self.mask_refresh_interval = mask_refresh_interval
         self.dense_layers = dense_layers
         self.prefill_dense_threshold = prefill_dense_threshold
         self.sampled_rows = sampled_rows
         self.trained_length = trained_length
-        self._window = max(sliding_window, self.arguments["block_size_q"] - 1)
+        self._window = max(sliding_window, (block_size_q if stages is None else stages[0][0]) - 1)
         self._keys_a_row = self._window + num_sink_tokens + top_k
         if trained_length is not None:
+            check_size("trained_length", trained_length, 1)
             self._check_extension(trained_length)
         self._tallies: dict[int, Tally] = {}
         self._last_mask: tuple[Any, tuple[int, int], tuple[Tensor, Tensor | None]] | None = None
@@ -349,7 +350,7 @@ class HiPAttention(Kernel):
         key, value = call.key[:, :, :total], call.value[:, :, :total]
         choice: Choice | None = call.memory.get("choice")
         if choice is not None:
-            choice = None if choice.uses >= self.mask_refresh_interval else choice.for_rows_of(key)
+            choice = None if choice.uses >= self.mask_refresh_interval else choice.for_rows_of(key, real is not None)
         output, mask = hip_attention(
             call.query, key, value, mask=None if choice is None else choice.mask, return_mask=True, attention_mask=real,
             scale=call.scaling, softcap=call.softcap, sink_logits=call.sinks,
@@ -391,7 +392,7 @@ class HiPAttention(Kernel):
             rotation = self._rotations[call.module]
             output = bounded.decode(
                 query, key, value, lengths, choice.state, offset, rotation, self.trained_length,
-                sample_method=self._decode_method(call), **given,
+                sample_method=self._decode_method(call), stages=self.arguments["stages"], **given,
             )  # fmt: skip
         choice.count(lengths, first_real, before)
         return output
@@ -448,7 +449,8 @@ class HiPAttention(Kernel):
                 documents = positions_in_documents(call.positions, every)
             return None, documents
         last = self._last_mask  # the layers of a forward share their mask
-        if last is not None and last[0]() is mask and last[1] == (mask._version, total):
+        version = None if not isinstance(mask, Tensor) or mask.is_inference() else mask._version
+        if last is not None and version is not None and last[0]() is mask and last[1] == (version, total):
             return last[2]
         if not isinstance(mask, Tensor):
             raise ValueError(
@@ -470,7 +472,8 @@ class HiPAttention(Kernel):
         elif mask.dim() == 2 and whole:
             documents = positions_in_documents(call.positions, real[:, :total])
         found = real[:, :total], documents
-        self._last_mask = weakref.ref(mask), (mask._version, total), found
+        if version is not None:  # that of inference mode may change unseen
+            self._last_mask = weakref.ref(mask), (version, total), found
         return found
 
 

@@ -9,6 +9,7 @@ its own position is turned on by the difference. Query and key are moved by the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from heedful.attention import HiPMask, hip_attention
 from heedful.attention.hip import reference
 from heedful.attention.hip.decode import HiPDecodeState, _slots
-from heedful.attention.hip.mask import NOWHERE, only_real
+from heedful.attention.hip.mask import NOWHERE, Stage, only_real
 from heedful.kernels.hip.exact import best_blocks, due, renew, without_autocast
 from heedful.seam import AttentionCall
 from heedful.seam.call import is_recording
@@ -186,7 +187,7 @@ def prefill(
     the last rows; behind left padding some rows may be in both.
     """
     batch, _, queries, _ = query.shape
-    keys = key.shape[2]
+    keys, stages = key.shape[2], sizes.get("stages")
     rows = min(sizes["block_size_q"], queries)
     count = -(-queries // rows)
     ends = (torch.arange(1, count + 1, device=query.device) * rows).clamp(max=queries) + keys - queries
@@ -208,7 +209,7 @@ def prefill(
         late = query[:, :, some * rows :]
         own = torch.arange(keys, device=query.device) + offset[:, None]  # (B, Tk)
         bare = rotation.move(key, own[:, None], 0)
-        window = max(sizes["sliding_window"], sizes["block_size_q"] - 1)
+        window = max(sizes["sliding_window"], (stages[0][0] if stages else sizes["block_size_q"]) - 1)
         place = own[:, None, keys - late.shape[2] :]
         seeking = rotation.move(late, place, torch.full_like(place, window))
         # Only the choice is used; a few columns of the values keep the rest of the call small.
@@ -301,19 +302,23 @@ def decode(
     softcap: float | None,
     sink_logits: Tensor | None,
     sample_method: str = "center",
+    stages: Sequence[Stage] | None = None,
 ) -> Tensor:
     """`hip_decode`, with bounded positions for the rows that are beyond `trained_length`.
 
-    While a graph is captured, and on a GPU with `sample_method="center"`, nothing is asked: what differs is decided on the
-    device, and every step searches.
+    `stages`: The staged scan instead of the tree; all `lengths` must be T then.
+
+    While a graph is captured, and on a GPU with `sample_method="center"` and no stages, nothing is asked: what differs is
+    decided on the device, and every step searches.
     """
     batch, kv_heads = key.shape[:2]
     beyond = (lengths - first_real > trained_length).view(batch, 1, 1)
     here = (lengths - 1 + offset).view(batch, 1, 1)
     renewed = due(state, lengths, refresh_interval)
     chosen = None
-    if state.nodes and (is_recording(query) or (query.is_cuda and sample_method == "center") or bool(renewed.any())):
-        chosen = _choose(query, key, lengths, state, first_real, offset, rotation, beyond, here, sample_method)
+    unasked = query.is_cuda and sample_method == "center" and stages is None
+    if state.nodes and (is_recording(query) or unasked or bool(renewed.any())):
+        chosen = _choose(query, key, lengths, state, first_real, offset, rotation, beyond, here, sample_method, stages)
     renew(state, chosen, renewed, lengths)
 
     slots, visible = _slots(state, lengths, first_real, min(state.sliding_window + refresh_interval - 1, key.shape[2]))
@@ -352,16 +357,26 @@ def _choose(
     beyond: Tensor,
     here: Tensor,
     sample_method: str,
+    stages: Sequence[Stage] | None,
 ) -> Tensor:
-    """The search of one row, over keys that are turned as they are read: int32 `(B, S, n)`."""
+    """The search of one row, by the tree over keys that are turned as they are read: int32 `(B, S, n)`."""
     batch, heads = query.shape[:2]
     kv_heads, size = key.shape[1], state.block_size_k
     target = torch.where(beyond, state.sliding_window, here)
     seeking = rotation.move(query, here.expand(-1, heads, -1), target.expand(-1, heads, -1))  # (B, Hq, 1, D)
-    if sample_method == "oracle":
-        own = torch.arange(key.shape[2], device=key.device) + offset[:, None, None]
+    if sample_method == "oracle" or stages is not None:
+        slot = torch.arange(key.shape[2], device=key.device)
+        own = slot + offset[:, None, None]
         moved = rotation.move(key, own, torch.where(beyond, 0, own))
-        return best_blocks(seeking, moved, lengths, state, first_real)
+        if stages is None:
+            return best_blocks(seeking, moved, lengths, state, first_real)
+        choice = reference.choose_in_stages(
+            seeking, moved, stages=stages, top_k=state.nodes * size, sliding_window=state.sliding_window,
+            num_sink_tokens=state.num_sink_tokens, head_group_size=state.head_group_size,
+            attention_mask=slot >= first_real[:, None],
+        )  # fmt: skip
+        found = choice.blocks[:, :: state.head_group_size, 0]
+        return torch.nn.functional.pad(found, (0, state.nodes - found.shape[-1]), value=-1)
     origin = (first_real + state.num_sink_tokens).view(batch, 1, 1, 1)
     end = (lengths - state.sliding_window).view(batch, 1, 1, 1)
     within = torch.arange(0, size, state.block_stride_k, device=key.device)

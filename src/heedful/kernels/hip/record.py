@@ -24,17 +24,30 @@ class Choice:
     uses: int
     tail: Tensor
 
-    def for_rows_of(self, key: Tensor) -> Choice | None:
-        """The choice for a call's keys `(B, Hkv, T, D)`; None if the cache was split or cropped since."""
+    def for_rows_of(self, key: Tensor, padded: bool) -> Choice | None:
+        """The choice for a call's keys `(B, Hkv, T, D)`; None if the cache was split or cropped since.
+
+        padded: Whether the call has a padding mask; with another kind than the choice had, it is another sequence.
+        """
         batch, then = key.shape[0], self.mask.num_keys
-        if batch != self.mask.blocks.shape[0] or key.shape[2] <= then:
+        if (
+            batch != self.mask.blocks.shape[0]
+            or key.shape[2] <= then
+            or padded != (self.mask.attention_mask is not None)
+        ):
             return None
         if batch == 1:
             return self
         # Beam search reorders the cache between steps: the row whose latest keys are these keys made the choice.
         same = (key[:, None, 0, then - self.tail.shape[1] : then] == self.tail).flatten(2).all(-1)
         row = (2 * same + torch.eye(batch, device=same.device)).argmax(1)
-        mask = dataclasses.replace(self.mask, blocks=self.mask.blocks[row], search_end=self.mask.search_end[row])
+        real = self.mask.attention_mask
+        mask = dataclasses.replace(
+            self.mask,
+            blocks=self.mask.blocks[row],
+            search_end=self.mask.search_end[row],
+            attention_mask=None if real is None else real[row],
+        )
         return dataclasses.replace(self, mask=mask)
 
 
