@@ -77,6 +77,29 @@ def test_rows_are_the_same_whoever_reads_them(text):
         PackedRows(["short"], Letters(), 9999, seed=0)
 
 
+def test_a_text_is_encoded_once_and_as_by_itself(tmp_path):
+    """Many documents at once, on all cores; then rows of any length without encoding again."""
+    tokenizer = heedful.zoo.load("classics-20m")[1]
+    pieces = [[(f"Question {i}: ", False), ("why? " * i, True)] for i in range(70)]
+    rows = PackedRows(pieces, tokenizer, 16, seed=3)
+    stream, learnt = [], []
+    for document in pieces:
+        for said, counts in document:
+            ids = tokenizer(said, add_special_tokens=False).input_ids
+            stream += ids
+            learnt += [counts] * len(ids)
+        stream.append(tokenizer.eos_token_id)
+        learnt.append(True)
+    assert rows.stream.tolist() == stream
+    assert rows.learnt.tolist() == learnt
+    others = rows.of(24, seed=4)
+    assert torch.equal(others.batch(0, [0, 1]), PackedRows(pieces, tokenizer, 24, seed=4).batch(0, [0, 1]))
+    assert rows.batch(0, [0]).shape == (1, 16)
+    drafter = Medusa.for_model(model := build("llama", vocab_size=8192), num_heads=1)
+    out = train_drafter(drafter, model, tokenizer, rows, tmp_path, **SMALL)
+    assert len(losses(out)) == 2  # of the first step and the last
+
+
 def test_prompts_are_read_and_not_learnt():
     rows = PackedRows([[("aaaa", False), ("bb", True)]] * 9, Letters(), 8, seed=0)
     ids, labels = rows.with_labels(0, range(3))
@@ -121,6 +144,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(text, tmp_path):
     train_drafter(drafter, model, Letters(), text, out, stop_after=1, resume=False, **SMALL)
     with pytest.raises(ValueError, match="is of a run with"):
         train_drafter(drafter, model, Letters(), text, out, **SMALL | {"steps": 9})
+    train_drafter(Medusa.for_model(model), model, Letters(), text, tmp_path / "heads", stop_after=1, **SMALL)
+    with pytest.raises(ValueError, match="is of a drafter of other sizes"):
+        train_drafter(Medusa.for_model(model, num_heads=2), model, Letters(), text, tmp_path / "heads", **SMALL)
 
 
 PROGRAM = """

@@ -6,11 +6,12 @@ batch_size, length, lr, seed, ..., device)`` and end in `train_drafter`.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ from heedful.decoding.trained import TrainedDrafter
 
 #: A document in pieces, each with whether a drafter learns from it.
 Pieces = list[tuple[str, bool]]
+_AT_ONCE = 64  # texts that are encoded together
 
 
 def read_documents(data: str | Path) -> list[str]:
@@ -85,25 +87,34 @@ class PackedRows:
     def __init__(
         self, documents: Iterable[str | Pieces], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
     ) -> None:
-        eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-        stream: list[int] = []
-        learnt: list[bool] = []
+        pieces: list[tuple[str, bool, bool]] = []  # a text, whether it is learnt, whether its document ends with it
         for document in documents:
-            for text, counts in [(document, True)] if isinstance(document, str) else document:
-                ids = cast(list[int], tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-                stream += ids
-                learnt += [counts] * len(ids)
-            if eos is not None:
-                stream.append(eos)
-                learnt.append(True)
-        self.first = [] if bos is None else [bos]
-        self.stream, self.learnt = np.array(stream, dtype=np.int64), np.array(learnt, dtype=bool)
-        self.size = length - len(self.first)
-        self.seed = seed
+            parts = [(document, True)] if isinstance(document, str) else document
+            pieces += [(text, counts, i + 1 == len(parts)) for i, (text, counts) in enumerate(parts)]
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        stream: list[np.ndarray] = []
+        learnt: list[np.ndarray] = []
+        for ids, (_, counts, last) in zip(_encoded(tokenizer, [text for text, *_ in pieces]), pieces, strict=True):
+            stream.append(np.array([*ids, *end] if last else ids, dtype=np.int64))
+            learnt.append(np.full(len(ids), counts))
+            learnt.append(np.full(len(end) if last else 0, True))
+        self.first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.stream = np.concatenate([np.zeros(0, dtype=np.int64), *stream])
+        self.learnt = np.concatenate([np.zeros(0, dtype=bool), *learnt])
+        self._cut(length, seed)
+
+    def _cut(self, length: int, seed: int) -> None:
+        self.size, self.seed = length - len(self.first), seed
         if len(self.stream) <= self.size:
             raise ValueError(
                 f"the text has {len(self.stream)} tokens, too few for rows of {length}: give more text or a smaller length"
             )
+
+    def of(self, length: int, seed: int) -> PackedRows:
+        """Other rows of the same text, which is not encoded again."""
+        rows = copy.copy(self)
+        rows._cut(length, seed)
+        return rows
 
     def batch(self, step: int, places: Iterable[int]) -> Tensor:
         """Token ids ``(places, length)``."""
@@ -120,6 +131,16 @@ class PackedRows:
         return torch.tensor(rows), torch.tensor(labels)
 
 
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:
+    """The token ids of each text. Fast tokenizers take many at once, on all cores; some at a time, since lists are large."""
+    options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    if not getattr(tokenizer, "is_fast", False):
+        yield from (cast(list[int], tokenizer(text, **options)["input_ids"]) for text in texts)
+        return
+    for start in range(0, len(texts), _AT_ONCE):
+        yield from cast(list[list[int]], tokenizer(list(texts[start : start + _AT_ONCE]), **options)["input_ids"])
+
+
 class _Objective(nn.Module):
     """What DistributedDataParallel wraps: the drafter's parameters, and the model's where they are trained too."""
 
@@ -131,6 +152,13 @@ class _Objective(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self.drafter.loss(self.frozen[0], input_ids, labels)
+
+
+def rows_of(data: str | Path | PackedRows, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> PackedRows:
+    """Rows of a file's text, or of a text that has been encoded already."""
+    if isinstance(data, PackedRows):
+        return data.of(length, seed)
+    return PackedRows(read_pieces(data), tokenizer, length, seed)
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
@@ -145,7 +173,7 @@ def train_drafter(
     drafter: TrainedDrafter,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path,
+    data: str | Path | PackedRows,
     out: str | Path,
     *,
     steps: int = 1000,
@@ -172,7 +200,7 @@ def train_drafter(
         drafter: what is trained, by its `loss`; in float32 (a GPU computes in bfloat16 by autocast).
         model: the target; frozen, unless ``joint_groups``.
         tokenizer: the target's.
-        data: a file for `read_documents`.
+        data: a file for `read_pieces`, or its `PackedRows` (whose length and seed do not matter).
         out: result folder; ``out/training`` holds the checkpoint and ``log.jsonl``.
         steps: optimiser steps. batch_size: rows of a step, over all processes. length: tokens of a row.
         lr, betas, weight_decay, warmup, clip: of AdamW; warm-up as a share of the steps, then a cosine to zero.
@@ -198,7 +226,7 @@ def train_drafter(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     out, work = Path(out), Path(out) / "training"
-    rows = PackedRows(read_pieces(data), tokenizer, length, seed)
+    rows = rows_of(data, tokenizer, length, seed)
     if accelerator.is_main_process:
         work.mkdir(parents=True, exist_ok=True)
     trained = {id(p) for group in joint_groups or [] for p in group["params"]}
@@ -225,6 +253,8 @@ def train_drafter(
         state = torch.load(checkpoint, map_location=drafter_device(drafter), weights_only=True)
         if state["mark"] != mark:
             raise ValueError(f"{checkpoint} is of a run with {state['mark']}: give another `out`, or resume=False")
+        if [p.shape for p in state["parameters"]] != [p.shape for p in parameters]:
+            raise ValueError(f"{checkpoint} is of a drafter of other sizes: give another `out`, or resume=False")
         with torch.no_grad():
             for parameter, value in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(value)

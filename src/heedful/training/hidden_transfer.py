@@ -8,13 +8,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.decoding.hidden_transfer import HiddenTransfer
-from heedful.training.drafting import PackedRows, is_main_process, own_text, read_documents, train_drafter
+from heedful.training.drafting import PackedRows, is_main_process, own_text, rows_of, train_drafter
 
 
 def train_hidden_transfer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path,
+    data: str | Path | PackedRows,
     out: str | Path,
     *,
     drafter: HiddenTransfer | None = None,
@@ -34,13 +34,14 @@ def train_hidden_transfer(
     """Trains Hidden Transfer's maps on the frozen model, calibrates the tree on its own text, and writes the folder.
 
     Args:
-        model, tokenizer: the target. data: a file of text. out: result folder.
+        model, tokenizer: the target. data: a file of text, or its `PackedRows`. out: result folder.
         drafter: to begin with; default: identity maps with ``num_transfer_steps``, ``transfer_layers`` and ``source``.
         hard_labels: cross-entropy of the text instead of the divergence from the model.
         steps, batch_size, length, lr, seed: of the training. A row costs ``num_transfer_steps`` rows in the upper layers.
         max_nodes: of the calibrated tree. calibration_rows: rows of 128 tokens it is measured on; 0 keeps the default tree.
         **options: of `train_drafter`.
     """
+    rows = rows_of(data, tokenizer, length, seed)
     drafter = drafter or HiddenTransfer.for_model(
         model, num_transfer_steps=num_transfer_steps, transfer_layers=transfer_layers, source=source
     )
@@ -49,7 +50,7 @@ def train_hidden_transfer(
         drafter,
         model,
         tokenizer,
-        data,
+        rows,
         out,
         steps=steps,
         batch_size=batch_size,
@@ -59,8 +60,8 @@ def train_hidden_transfer(
         **options,
     )
     if calibration_rows and "stop_after" not in options:
-        rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
-        drafter.calibrate(model, own_text(model, rows), max_nodes, prompt=64)
+        prompts = rows.of(64, seed + 1).batch(0, range(calibration_rows))
+        drafter.calibrate(model, own_text(model, prompts), max_nodes, prompt=64)
         if is_main_process():
             drafter.float().save_pretrained(out)
     return out

@@ -8,13 +8,13 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.decoding.longspec import LongSpec
-from heedful.training.drafting import PackedRows, is_main_process, read_documents, train_drafter
+from heedful.training.drafting import PackedRows, is_main_process, rows_of, train_drafter
 
 
 def train_longspec(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path,
+    data: str | Path | PackedRows,
     out: str | Path,
     *,
     stage: int = 1,
@@ -35,7 +35,7 @@ def train_longspec(
     decay 0.1, clip 1.0, 10 % warm-up, cosine.
 
     Args:
-        model, tokenizer: the target. data: a file of text. out: result folder.
+        model, tokenizer: the target. data: a file of text, or its `PackedRows`. out: result folder.
         stage: 1 or 2. drafter: to begin with; default in stage 1: an untrained block.
         steps, batch_size, length, lr, seed: of the training; the defaults of length and lr are the stage's.
         tree_shape: of the beam tree that the drafter will draft.
@@ -47,15 +47,16 @@ def train_longspec(
         raise ValueError(f"stage must be 1 (short texts) or 2 (long ones), got {stage}")
     if stage == 2 and drafter is None:
         raise ValueError("stage 2 goes on from a block of stage 1: pass it as drafter=LongSpec.from_pretrained(...)")
-    drafter = drafter or LongSpec.for_model(model, tree_shape=tree_shape)
     longest = min(32_768, model.config.get_text_config(decoder=True).max_position_embeddings)
+    length = length or (1024 if stage == 1 else longest)
+    rows = rows_of(data, tokenizer, length, seed)
+    drafter = drafter or LongSpec.for_model(model, tree_shape=tree_shape)
     out = train_drafter(
-        drafter, model, tokenizer, data, out, steps=steps, batch_size=batch_size, seed=seed, betas=(0.9, 0.95), weight_decay=0.1, clip=1.0,
-        length=length or (1024 if stage == 1 else longest), lr=lr or (5e-4 if stage == 1 else 5e-6), **options,
+        drafter, model, tokenizer, rows, out, steps=steps, batch_size=batch_size, length=length, seed=seed,
+        lr=lr or (5e-4 if stage == 1 else 5e-6), betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, **options,
     )  # fmt: skip
     if calibration_rows and "stop_after" not in options:
-        rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
-        drafter.calibrate(model, rows)
+        drafter.calibrate(model, rows.of(64, seed + 1).batch(0, range(calibration_rows)))
         if is_main_process():
             drafter.float().save_pretrained(out)
     return out

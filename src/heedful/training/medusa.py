@@ -16,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from heedful.decoding.medusa import Medusa
 from heedful.decoding.trained import mean_where
-from heedful.training.drafting import PackedRows, is_main_process, own_text, read_documents, train_drafter
+from heedful.training.drafting import PackedRows, is_main_process, own_text, rows_of, train_drafter
 
 
 def train_medusa(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: str | Path,
+    data: str | Path | PackedRows,
     out: str | Path,
     *,
     stage: int = 1,
@@ -52,7 +52,7 @@ def train_medusa(
 
     Args:
         model, tokenizer: the target.
-        data: a file of text (`read_documents`); the model's own answers are best (`self_distill`).
+        data: a file of text (`read_pieces`) or its `PackedRows`; the model's own answers are best (`self_distill`).
         out: result folder.
         stage: 1 or 2. drafter: to begin with; default: untrained heads.
         num_heads, num_layers, share_lm_head: of new heads.
@@ -69,6 +69,7 @@ def train_medusa(
         raise ValueError(f"weighting must be 'decay' or 'equal', got {weighting!r}")
     if head_weight_schedule not in ("constant", "sine"):
         raise ValueError(f"head_weight_schedule must be 'constant' or 'sine', got {head_weight_schedule!r}")
+    rows = rows_of(data, tokenizer, length, seed)
     drafter = drafter or Medusa.for_model(
         model, num_heads=num_heads, num_layers=num_layers, share_lm_head=share_lm_head
     )
@@ -76,14 +77,14 @@ def train_medusa(
     out = Path(out)
     common = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, **options}
     if stage == 1:
-        train_drafter(drafter, model, tokenizer, data, out, lr=1e-3 if lr is None else lr, **common)
+        train_drafter(drafter, model, tokenizer, rows, out, lr=1e-3 if lr is None else lr, **common)
         tuned = model
     else:
         tuned = _train_together(
             drafter,
             model,
             tokenizer,
-            data,
+            rows,
             out,
             4e-4 if lr is None else lr,
             head_weight,
@@ -92,8 +93,8 @@ def train_medusa(
             common,
         )
     if calibration_rows and "stop_after" not in options:
-        rows = PackedRows(read_documents(data), tokenizer, 64, seed + 1).batch(0, range(calibration_rows))
-        drafter.calibrate(tuned, own_text(tuned, rows), max_nodes, prompt=64)
+        prompts = rows.of(64, seed + 1).batch(0, range(calibration_rows))
+        drafter.calibrate(tuned, own_text(tuned, prompts), max_nodes, prompt=64)
         if is_main_process():
             drafter.float().save_pretrained(out)
     return out
@@ -133,7 +134,7 @@ def _output_weight(head: Any) -> Tensor:
 
 
 def _train_together(
-    drafter: Medusa, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: str | Path, out: Path, lr: float,
+    drafter: Medusa, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: PackedRows, out: Path, lr: float,
     weight: float, schedule: str, distill: bool, common: dict[str, Any],
 ) -> PreTrainedModel:  # fmt: skip
     from peft import LoraConfig, get_peft_model
@@ -151,7 +152,7 @@ def _train_together(
     }  # fmt: skip
     drafter.__class__ = _Joint
     try:
-        train_drafter(drafter, cast(Any, adapted), tokenizer, data, out, lr=lr, joint_groups=groups, **common)
+        train_drafter(drafter, cast(Any, adapted), tokenizer, rows, out, lr=lr, joint_groups=groups, **common)
     finally:
         drafter.__class__ = plain
         del cast(Any, drafter).joint
