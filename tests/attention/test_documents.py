@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heedful.attention import by_document
+from heedful.attention import by_document, hip_attention
 from heedful.attention.documents import document_starts
 
 
@@ -100,3 +100,10 @@ def test_wrong_shapes_are_refused():
         by_document(attention, packed([[3, 4]]), *torch.randn(3, 1, 2, 6, 4))
     with pytest.raises(ValueError, match="batch and length must agree"):
         by_document(attention, packed([[3, 4]]), *torch.randn(3, 2, 2, 7, 4))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 5)])
+def test_no_tokens(batch, length):
+    query, key, value = torch.randn(3, batch, 4, length, 8)
+    positions = torch.arange(length).expand(batch, length)
+    assert by_document(hip_attention, positions, query, key, value).shape == (batch, 4, length, 8)

@@ -392,11 +392,11 @@ def test_a_mask_knows_where_its_rows_begin():
     holed, used = hip_attention(*early, mask=padded, attention_mask=hidden, return_mask=True)
     assert not used.dense()[..., 100].any()
     torch.testing.assert_close(holed, dense(*early, used.dense()), atol=1e-5, rtol=1e-5)
-    for mask, given in ((plain, real), (padded, left_padding(2, 201, [0, 31]))):
+    for mask, other in ((plain, real), (padded, left_padding(2, 201, [0, 31]))):
         with pytest.raises(ValueError, match="leave mask out"):
-            hip_attention(*early, mask=mask, attention_mask=given[:, :200])
+            hip_attention(*early, mask=mask, attention_mask=other[:, :200])
         with pytest.raises(ValueError, match="leave mask out"):
-            hip_attention(query[:, :, -1:], key, value, mask=mask, attention_mask=given)
+            hip_attention(query[:, :, -1:], key, value, mask=mask, attention_mask=other)
     with pytest.raises(ValueError, match="give this call's"):
         hip_attention(query[:, :, -1:], key, value, mask=padded)
 

@@ -73,6 +73,68 @@ def test_reference_is_one_dense_softmax(batch, kv_heads, groups, nodes, dim, dat
     assert torch.allclose(got, dense(query, key, value, mask, prefix, start, window, softcap), atol=1e-10)
 
 
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize(("nodes", "prefix"), [(1, [0, 1]), (1, [9, 4]), (7, [0, 12]), (7, [1, 12])])
+def test_precision(groups, nodes, prefix):
+    """The card's bounds. Halves: an output that is computed in float32 and rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = tensors(2, 2, groups, nodes, 20, 16, generator)
+    mask, prefix = random_tree(nodes, generator, 2), torch.tensor(prefix)
+    mask[1, -1] = False  # sees nothing of the tree; no prefix either gives 0
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-3), (torch.float16, 2e-3)):
+        given = [x.to(dtype) for x in inputs]
+        want = dense(*(x.double() for x in given), mask, prefix)
+        got = tree_attention(*given, mask, prefix)
+        assert got.dtype == dtype
+        rounding = torch.finfo(dtype).eps / 2 * want.abs() if dtype.itemsize == 2 else 0
+        assert ((got.double() - want).abs() <= bound + rounding).all()
+    none = tree_attention(*inputs, torch.zeros(nodes, nodes, dtype=torch.bool), 0)
+    assert torch.equal(none, torch.zeros_like(none))
+
+
+def test_empty_inputs_give_empty_outputs():
+    query, key, value = (x.requires_grad_() for x in tensors(2, 2, 2, 4, 11, 16, torch.Generator().manual_seed(0)))
+    mask, lengths = torch.eye(4, dtype=torch.bool), torch.tensor([3, 5])
+    none = tree_attention(query[:, :, :0], key, value, mask[:0, :0], lengths)
+    assert none.shape == (2, 4, 0, 16)
+    none.sum().backward()
+    assert tree_attention(query[:0], key[:0], value[:0], mask, lengths[:0]).shape == (0, 4, 4, 16)
+
+
+@pytest.mark.parametrize("prefix", [5, torch.tensor([5, 3])])
+def test_compiles_as_a_whole_with_its_gradients(prefix):
+    leaves = [x.requires_grad_() for x in tensors(2, 2, 2, 4, 11, 16, torch.Generator().manual_seed(0))]
+    mask = torch.eye(4, dtype=torch.bool)
+    mask[1:, 0] = True
+    run = lambda *x: tree_attention(*x, mask, prefix, window=4, softcap=3.0)  # noqa: E731
+    torch._dynamo.reset()
+    ours, theirs = torch.compile(run, backend="aot_eager", fullgraph=True)(*leaves), run(*leaves)
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    pairs = zip(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(theirs.sum(), leaves), strict=True)
+    for mine, expected in pairs:
+        torch.testing.assert_close(mine, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_number_stays_in_its_batch_row(which, bad):
+    """In a query: its own row. In a node's key: its descendants. In a node's value: the nodes of its heads."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = tensors(2, 2, 2, 6, 20, 16, generator)
+    mask, prefix = random_tree(6, generator), torch.tensor([8, 11])
+    clean = tree_attention(*inputs, mask, prefix)
+    changed = [x.clone() for x in inputs]
+    node = 2
+    changed[which][1, 1, node if which == 0 else prefix[1] + node] = bad
+    output = tree_attention(*changed, mask, prefix)
+    heads = [1] if which == 0 else [2, 3]
+    hurt = torch.zeros(4, 6, dtype=torch.bool)
+    hurt[heads] = (torch.arange(6) == node, mask[:, node], torch.ones(6, dtype=torch.bool))[which]
+    assert torch.equal(output[0], clean[0])
+    assert torch.equal(~output[1].isfinite().all(-1), hurt)
+    assert torch.equal(output[1][~hurt], clean[1][~hurt])
+
+
 def test_merging_states_is_exact():
     generator = torch.Generator().manual_seed(0)
     query, key, value = tensors(2, 2, 1, 3, 10, 8, generator)

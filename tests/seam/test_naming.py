@@ -205,7 +205,7 @@ def test_wrong_use_is_refused():
         register_attention("test-x", heedful.Probe())
     with pytest.raises(ValueError, match="base must be"):
         register_attention("test-x", Recorder(), base="flash_attention_2")
-    for name in ("sdpa", "eager", "heedful", "paged|x", ""):
+    for name in ("sdpa", "eager", "heedful", "paged|x", "", None):
         with pytest.raises(ValueError, match="choose another"):
             register_attention(name, Recorder())
     register_attention("test-x", HiPAttention(**SMALL))

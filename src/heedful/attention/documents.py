@@ -39,7 +39,7 @@ def by_document(function: Callable[..., Tensor], positions: Tensor, *tensors: Te
 
     Args:
         function: An operator of tensors `(N, H, L, ...)` or `(N, L)` and `attention_mask`, bool `(N, L)`; it returns
-            `(N, H, L, Dv)`.
+            `(N, H, L, Dv)`. Without any token it is called once, with the empty tensors.
         positions: int64 `(B, T)`, positions in the documents, which restart where a document begins.
         *tensors: `(B, H, T, ...)`, or `(B, T)`: what has two dimensions has no heads.
 
@@ -58,6 +58,8 @@ def by_document(function: Callable[..., Tensor], positions: Tensor, *tensors: Te
             raise ValueError(
                 f"positions are ({batch}, {length}) and a tensor has shape {tuple(tensor.shape)}: batch and length must agree"
             )
+    if positions.numel() == 0:
+        return function(*tensors, attention_mask=torch.ones_like(positions, dtype=torch.bool))
     first = document_starts(positions).flatten().nonzero().squeeze(1)  # of each document, in the flattened rows
     lengths = torch.diff(first, append=first.new_tensor([batch * length]))
     flat = [x.flatten() if x.ndim == 2 else x.transpose(1, 2).flatten(0, 1) for x in tensors]

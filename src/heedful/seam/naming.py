@@ -71,7 +71,12 @@ def register_attention(name: str, part: Kernel, *, base: str = "sdpa") -> NamedA
         raise TypeError(f"{part!r} is not a heedful.Kernel; other parts go through heedful.attach(model, part).")
     if base not in _BASES:
         raise ValueError(f"base must be 'sdpa' or 'eager', got {base!r}.")
-    if not name or "|" in name or (name not in _registered and name in ("eager", *AttentionInterface().valid_keys())):
+    if (
+        not isinstance(name, str)
+        or not name
+        or "|" in name
+        or (name not in _registered and name in ("eager", *AttentionInterface().valid_keys()))
+    ):
         raise ValueError(f"{name!r} is transformers' own attention implementation (or no name); choose another one.")
     attention = NamedAttention(name, part, base)
     _registered[name] = attention

@@ -223,7 +223,9 @@ class HiPMask:
         """Number of keys each row attends to, int64 `(B, Hq, Tq)`: the row sums of `dense`, without building it."""
         batch, heads, _, _ = self.blocks.shape
         window_start = self.window_starts()  # (B, N, b_q)
-        tokens = self.block_tokens().sort(-1).values
+        tokens = self.block_tokens()  # ascending, as the blocks are
+        if self.attention_mask is not None:  # but where a hole has put NOWHERE among them
+            tokens = tokens.sort(-1).values
         chosen = torch.searchsorted(tokens, window_start[:, None].expand(-1, heads, -1, -1).contiguous())
 
         real = torch.ones(batch, self.num_keys, dtype=torch.int64, device=tokens.device)

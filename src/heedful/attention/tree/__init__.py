@@ -14,8 +14,6 @@ __all__ = ["merge_attention_states", "tree_attention"]
 
 _IMPLEMENTATIONS = ("auto", "reference", "triton")
 _INTEGERS = (torch.int32, torch.int64)
-
-
 # Looked up once: a traced call must not look.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -68,7 +66,9 @@ def tree_attention(
             reference.
 
     Returns:
-        `(B, Hq, n, Dv)` in the query's dtype. Sums are float32 (float64 for float64). A row that sees no key gives 0.
+        `(B, Hq, n, Dv)` in the query's dtype. Sums are float32 (float64 for float64). A row that sees no key gives 0, no
+        node or an empty batch an empty output. A node's value that is not finite reaches all nodes of its batch row and
+        heads, those that do not see it too, as under a dense mask.
 
     Raises:
         ValueError: If a shape, dtype or argument does not fit, before any work. Values of `prefix_length` above
@@ -109,7 +109,7 @@ def tree_attention(
     longest = capacity - nodes
     if isinstance(prefix_length, Tensor):
         _check_per_row("prefix_length", prefix_length, query)
-        if device == "cpu" and not torch.compiler.is_compiling():
+        if device == "cpu" and batch and not torch.compiler.is_compiling():
             shortest, longest = (int(x) for x in prefix_length.aminmax())
             _check_lengths(shortest, longest, nodes, capacity)
     elif isinstance(prefix_length, bool) or not isinstance(prefix_length, int | torch.SymInt):
@@ -118,6 +118,9 @@ def tree_attention(
         longest = prefix_length
         _check_lengths(prefix_length, prefix_length, nodes, capacity)
         prefix_length = torch.full((batch,), prefix_length, dtype=torch.int32, device=query.device)
+
+    if 0 in query.shape[:3]:
+        return query.new_zeros((*query.shape[:3], value.shape[-1])) + 0 * query.sum()
 
     options: dict[str, Any] = {"prefix_start": prefix_start, "window": window, "softcap": softcap, "scale": scale}
     with torch.autocast(device, enabled=False):  # sums stay float32
@@ -207,8 +210,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, tree_mask: Tensor)
             raise ValueError(
                 f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
             )
-        if 0 in tensor.shape:
-            raise ValueError(f"{name} is empty: shape {tuple(tensor.shape)}")
+        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
+            raise ValueError(f"{name} has no heads, or heads of size 0: shape {tuple(tensor.shape)}")
     batch, heads, nodes, dim = query.shape
     kv_heads, capacity = key.shape[1:3]
     if key.shape[0] != batch or key.shape[3] != dim:

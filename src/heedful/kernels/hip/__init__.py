@@ -68,7 +68,8 @@ class HiPAttention(Kernel):
             attention; decoding is sparse all the same. Default None: none are.
         sampled_rows: Rows of a prefill on which the report's `mass_kept` is measured; each costs a row of dense attention.
             Default 8. 0 for none.
-        impl: "auto", "reference" or "triton" (CUDA only, no gradients).
+        impl: "auto", "reference" or "triton" (CUDA only, no gradients). What has no kernel is plain PyTorch with all three:
+            bounded positions, and decoding that looks at every key chooses so.
         layers: Layers to act on. Default None: all from `dense_layers` on.
         heads: Query heads to act on. Others keep the model's attention, which then runs too. Default None: all.
         rows: Query rows to act on, as in `heedful.Kernel`; the others keep the model's attention. Default None: all.
@@ -105,9 +106,8 @@ class HiPAttention(Kernel):
     When not to use:
         Prompts below some thousand tokens; with drafters of `heedful.generate`, whose token trees it cannot honour;
         where a single place far back must be found for certain. A sparse prefill loses nothing there, the searches of
-        decoding do: needles of five digits at 4k tokens, on the bundled model (`reproductions/hip.py`), are all found
-        if each step looks at every key, two thirds by the tree; half with one choice for 8 steps, nearly all if that
-        choice is of 1,024 keys in blocks of 8.
+        decoding do: of ten needles of five digits at 4k tokens, on the bundled model (`reproductions/hip.py`), all are
+        found if each step looks at every key, 8 by the tree, and 4 by a choice of the tree for 8 steps.
 
     Paper:
         "A Training-free Sub-quadratic Cost Transformer Model Serving Framework with Hierarchically Pruned Attention"
