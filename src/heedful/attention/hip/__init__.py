@@ -136,97 +136,40 @@ def hip_attention(
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     _check_tensors(query, key, value, attention_mask)
-    check_arguments(
-        top_k=top_k,
-        block_size_q=block_size_q,
-        block_stride_q=block_stride_q,
-        block_size_k=block_size_k,
-        sliding_window=sliding_window,
-        num_sink_tokens=num_sink_tokens,
-        sample_method=sample_method,
-        impl=impl,
-        block_stride_k=block_stride_k,
-        head_group_size=head_group_size,
-        stages=stages,
-    )
+    search: dict[str, Any] = {
+        "top_k": top_k,
+        "block_size_q": block_size_q,
+        "block_stride_q": block_stride_q,
+        "block_size_k": block_size_k,
+        "block_stride_k": block_stride_k,
+        "sliding_window": sliding_window,
+        "num_sink_tokens": num_sink_tokens,
+        "sample_method": sample_method,
+        "head_group_size": head_group_size,
+    }
+    check_arguments(**search, stages=stages, impl=impl)
     if query.shape[1] % head_group_size:
         raise ValueError(f"query has {query.shape[1]} heads, not a multiple of head_group_size ({head_group_size})")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-
     if sink_logits is not None:
         check_sink_logits(sink_logits, query)
-    if stages is not None:
-        block_size_q, _, block_size_k, _ = stages[-1]
+
     if 0 in query.shape[:3]:
-        return _empty(
-            query,
-            key,
-            value,
-            attention_mask,
-            mask,
-            return_mask,
-            block_size_q,
-            block_size_k,
-            sliding_window,
-            num_sink_tokens,
-        )
-    backend = _backend(
-        query,
-        key,
-        value,
-        sink_logits,
-        impl,
-        top_k,
-        block_size_q,
-        block_stride_q,
-        block_size_k,
-        sample_method,
-        mask,
-        stages,
-        head_group_size,
-    )
+        output = query.new_empty((*query.shape[:3], value.shape[3])) + 0 * query.sum()
+        return (output, mask or _empty_choice(query, key, stages, search, attention_mask)) if return_mask else output
+    backend = _backend(query, key, value, sink_logits, impl, mask, stages, search)
     with torch.autocast(device, enabled=False):  # sums stay float32
-        if mask is None and stages is not None:
-            mask = backend.choose_in_stages(
-                query,
-                key,
-                stages=stages,
-                top_k=top_k,
-                sliding_window=sliding_window,
-                num_sink_tokens=num_sink_tokens,
-                head_group_size=head_group_size,
-                attention_mask=attention_mask,
-            )
-        elif mask is None:
-            random = {} if backend.__name__.endswith("triton") else {"generator": generator}
-            mask = backend.choose(
-                query,
-                key,
-                top_k=top_k,
-                block_size_q=block_size_q,
-                block_stride_q=block_stride_q,
-                block_size_k=block_size_k,
-                block_stride_k=block_stride_k,
-                sliding_window=sliding_window,
-                num_sink_tokens=num_sink_tokens,
-                head_group_size=head_group_size,
-                attention_mask=attention_mask,
-                sample_method=sample_method,
-                **random,
-            )
+        if mask is not None:
+            mask = _chosen_before(mask, query, key, attention_mask)
+        elif stages is not None:
+            names = ("top_k", "sliding_window", "num_sink_tokens", "head_group_size")
+            sizes = {name: search[name] for name in names}
+            mask = backend.choose_in_stages(query, key, attention_mask=attention_mask, stages=stages, **sizes)
         else:
-            if mask.blocks.shape[:2] != query.shape[:2] or mask.blocks.device != query.device:
-                raise ValueError(
-                    f"mask has (B, Hq) = {tuple(mask.blocks.shape[:2])} on {mask.blocks.device}, query "
-                    f"{tuple(query.shape[:2])} on {query.device}; leave mask out to choose anew"
-                )
-            if (mask.num_queries, mask.num_keys) == (query.shape[2], key.shape[2]):
-                mask = mask.padded(attention_mask)
-            else:
-                mask = mask.extended(query.shape[2], key.shape[2], attention_mask)
+            mask = backend.choose(query, key, attention_mask=attention_mask, generator=generator, **search)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         output = backend.attend(query, key, value, mask, scale=scale, softcap=softcap, sink_logits=sink_logits)
     return (output, mask) if return_mask else output
@@ -238,14 +181,9 @@ def _backend(
     value: Tensor,
     sink_logits: Tensor | None,
     impl: str,
-    top_k: int,
-    block_size_q: int,
-    block_stride_q: int,
-    block_size_k: int,
-    sample_method: str,
     mask: HiPMask | None,
     stages: Sequence[Stage] | None,
-    head_group_size: int,
+    search: dict[str, Any],
 ) -> Any:
     """The module that computes this call: the reference, or `triton` where it is asked for or can."""
     plain = operators if torch.compiler.is_compiling() else reference
@@ -253,29 +191,67 @@ def _backend(
         return plain
     reason = None
     leaves = [x for x in (query, key, value, sink_logits) if x is not None]
+    by_tree = mask is None and stages is None
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         reason = "has no backward and an input needs a gradient (or call it under torch.no_grad())"
     elif not _HAS_TRITON:
         reason = "needs the package triton, which is not installed"
-    elif mask is None and sample_method not in ("center", "first", "last"):
-        reason = f"takes sample_method 'center', 'first' or 'last', not {sample_method!r}"
+    elif by_tree and search["sample_method"] not in ("center", "first", "last"):
+        reason = f"takes sample_method 'center', 'first' or 'last', not {search['sample_method']!r}"
     else:
         from heedful.attention.hip import triton
 
-        rows = min(block_size_q, query.shape[2])
-        if mask is not None:  # nothing is searched
-            reason = triton.refuses(query, key, value, 1, rows, rows, 1)
+        if by_tree:
+            nodes = -(-min(search["top_k"], key.shape[2]) // search["block_size_k"])
+            rows = min(search["block_size_q"], query.shape[2])
+            reason = triton.refuses(query, key, value, nodes, rows, search["block_stride_q"], search["head_group_size"])
         else:
-            nodes = -(-min(top_k, key.shape[2]) // block_size_k)
-            if stages is None:
-                reason = triton.refuses(query, key, value, nodes, rows, block_stride_q, head_group_size)
-            else:
-                reason = triton.refuses(query, key, value, 1, rows, rows, 1) or triton.refuses_stages(stages)
+            reason = triton.refuses(query, key, value, 1, 1, 1, 1)
+            if reason is None and mask is None and stages is not None:
+                reason = triton.refuses_stages(stages)
         if reason is None:
             return triton
     if impl == "triton":
         raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
     return plain
+
+
+def _chosen_before(mask: HiPMask, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> HiPMask:
+    """An earlier call's choice for this call."""
+    if mask.blocks.shape[:2] != query.shape[:2] or mask.blocks.device != query.device:
+        raise ValueError(
+            f"mask has (B, Hq) = {tuple(mask.blocks.shape[:2])} on {mask.blocks.device}, query "
+            f"{tuple(query.shape[:2])} on {query.device}; leave mask out to choose anew"
+        )
+    if (mask.num_queries, mask.num_keys) == (query.shape[2], key.shape[2]):
+        return mask.padded(attention_mask)
+    return mask.extended(query.shape[2], key.shape[2], attention_mask)
+
+
+def _empty_choice(
+    query: Tensor,
+    key: Tensor,
+    stages: Sequence[Stage] | None,
+    search: dict[str, Any],
+    attention_mask: Tensor | None,
+) -> HiPMask:
+    """The choice of a call without rows."""
+    batch, heads, num_queries, _ = query.shape
+    block_size_q, block_size_k = search["block_size_q"], search["block_size_k"]
+    if stages is not None:
+        block_size_q, _, block_size_k, _ = stages[-1]
+    count = -(-num_queries // block_size_q)
+    return HiPMask(
+        torch.empty((batch, heads, count, 0), dtype=torch.int32, device=query.device),
+        torch.empty((batch, count), dtype=torch.int64, device=query.device),
+        num_queries,
+        key.shape[2],
+        block_size_q,
+        block_size_k,
+        max(search["sliding_window"], (stages[0][0] if stages else block_size_q) - 1),
+        search["num_sink_tokens"],
+        attention_mask,
+    )
 
 
 def check_sink_logits(sink_logits: Tensor, query: Tensor) -> None:
@@ -348,40 +324,6 @@ def _check_stages(stages: Sequence[Stage]) -> None:
         if not fits:
             raise ValueError(f"{rule}; got {stage!r}" + (f" after {before!r}" if before else ""))
         before = stage
-
-
-def _empty(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    mask: HiPMask | None,
-    return_mask: bool,
-    block_size_q: int,
-    block_size_k: int,
-    sliding_window: int,
-    num_sink_tokens: int,
-) -> Tensor | tuple[Tensor, HiPMask]:
-    """The output, and the mask, of a call without rows."""
-    batch, heads, num_queries, _ = query.shape
-    output = query.new_empty((batch, heads, num_queries, value.shape[3])) + 0 * query.sum()
-    if not return_mask:
-        return output
-    if mask is None:
-        window = max(sliding_window, block_size_q - 1)
-        count = -(-num_queries // block_size_q)
-        mask = HiPMask(
-            torch.empty((batch, heads, count, 0), dtype=torch.int32, device=query.device),
-            torch.empty((batch, count), dtype=torch.int64, device=query.device),
-            num_queries,
-            key.shape[2],
-            block_size_q,
-            block_size_k,
-            window,
-            num_sink_tokens,
-            attention_mask,
-        )
-    return output, mask
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:

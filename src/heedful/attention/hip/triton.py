@@ -973,9 +973,9 @@ def choose_in_stages(
 def choose(
     query: Tensor, key: Tensor, *, top_k: int, block_size_q: int, block_stride_q: int, block_size_k: int,
     block_stride_k: int, sliding_window: int, num_sink_tokens: int, head_group_size: int, attention_mask: Tensor | None,
-    sample_method: str,
+    sample_method: str, generator: torch.Generator | None = None,
 ) -> HiPMask:  # fmt: skip
-    """The choice of `reference.choose`, for the sample methods "center", "first" and "last"."""
+    """The choice of `reference.choose`, for the sample methods "center", "first" and "last", which draw nothing."""
     plan = layout(query, key, block_size_q, sliding_window, attention_mask)
     nodes = plan.nodes(top_k, block_size_k, num_sink_tokens)
     if nodes == 0:
