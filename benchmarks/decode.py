@@ -3,7 +3,8 @@
     python benchmarks/decode.py [--device cuda] [--data ../shared/data] [--time-limit 170] [--books 60] [--per-category 10]
     python benchmarks/decode.py --model runs/large    # a model of large_model.py, with its drafters
 
-Prints a markdown table and writes ``reproductions/results/decode-<device>.json``, and the picture beside it.
+About seven seconds a question on a GPU, for the peers: ``--max-new-tokens 64`` halves it. Every 20 seconds what is there is
+written, marked as incomplete. Prints a markdown table and writes ``reproductions/results/decode-<device>.json``, and the picture beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 
 import torch
 import transformers
@@ -115,6 +117,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
 
+    began = perf_counter()
     asked = questions(arguments.data, arguments.per_category, arguments.books)
     dtype = arguments.dtype or ("float32" if arguments.device == "cpu" else "bfloat16")
     if arguments.model is None:
@@ -123,19 +126,12 @@ def main() -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, dtype))
         model = model.to(arguments.device).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
-    result = bench_decode(
-        model,
-        tokenizer,
-        asked,
-        drafters(arguments.model),
-        max_new_tokens=arguments.max_new_tokens,
-        cold=["token-recycling, cold"],
-        time_limit=arguments.time_limit,
-        progress=lambda done, total: print(f"\r{done}/{total} questions", end="", file=sys.stderr, flush=True),
-    )
+    device = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name().split()[-1].lower()
+    device += "" if arguments.model is None else f"-{arguments.model.name}"
+    out = arguments.out or HERE.parent / "reproductions" / "results" / f"decode-{device}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    figures = result.to_json()
-    figures["setting"] |= {
+    provenance = {
         "model": "classics-20m" if arguments.model is None else arguments.model.name,
         "date": datetime.date.today().isoformat(),
         "commit": git.stdout.strip() or "unknown",
@@ -145,16 +141,41 @@ def main() -> None:
             "transformers": transformers.__version__,
         },
     }
-    print(file=sys.stderr)
-    print(f"{figures['setting']['device']}, {dtype}, {figures['setting']['questions']} questions\n")
+
+    def write(result: DecodeBenchmark) -> None:
+        figures = result.to_json()
+        figures["setting"] |= provenance
+        partial = out.with_suffix(".partial")
+        partial.write_text(json.dumps(figures, indent=2) + "\n")
+        partial.replace(out)
+
+    written = perf_counter()
+
+    def write_now_and_then(result: DecodeBenchmark) -> None:
+        nonlocal written
+        if perf_counter() - written > 20:
+            write(result)
+            written = perf_counter()
+
+    def say(done: int, total: int) -> None:
+        print(f"{done}/{total} questions, {perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+
+    result = bench_decode(
+        model,
+        tokenizer,
+        asked,
+        drafters(arguments.model),
+        max_new_tokens=arguments.max_new_tokens,
+        cold=["token-recycling, cold"],
+        time_limit=arguments.time_limit,
+        progress=say,
+        partial_result=write_now_and_then,
+    )
+    write(result)
+    print(f"{result.setting['device']}, {dtype}, {result.setting['questions']} questions\n")
     print(result.table())
     print()
     print(summary(result))
-    device = "cpu" if arguments.device == "cpu" else torch.cuda.get_device_name().split()[-1].lower()
-    device += "" if arguments.model is None else f"-{arguments.model.name}"
-    out = arguments.out or HERE.parent / "reproductions" / "results" / f"decode-{device}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(figures, indent=2) + "\n")
     result.plot().savefig(out.with_suffix(".png"), dpi=110)
     print(f"\nwritten to {out} and {out.with_suffix('.png').name}")
 

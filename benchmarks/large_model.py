@@ -5,7 +5,8 @@ shallow (8 layers of 2,048, 0.4 B parameters), so that reading the weights takes
 
     python benchmarks/large_model.py --out runs/large [--data ../shared/data] [--seconds 100] [--share 1.0]
 
-Writes a folder that ``from_pretrained`` loads, with the drafters in ``medusa``, ``hidden-transfer`` and ``longspec``.
+On an H100 about 100 seconds beside ``--seconds``. Writes a folder that ``from_pretrained`` loads, with what was done so far in
+``large_model.json`` (its ``complete`` says whether all of it was) and the drafters in ``medusa``, ``hidden-transfer`` and ``longspec``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from heedful import zoo
 from heedful.training import train_hidden_transfer, train_longspec, train_medusa
-from heedful.training.drafting import own_text
+from heedful.training.drafting import PackedRows, own_text
 from heedful.training.muon import Muon
 from heedful.training.pretrain import build_model
 
@@ -32,12 +33,18 @@ SHAPE = {"hidden": 2048, "layers": 8, "heads": 16, "kv_heads": 4, "intermediate"
 LENGTH, ROWS, ACCUMULATED = 1024, 12, 3
 
 
-def texts(data: Path) -> list[str]:
+def texts(data: Path, characters: int) -> list[str]:
+    """Whole books, until there are so many characters."""
     file = data / "classics" / "train-0.jsonl.xz"
     if not file.exists():
         sys.exit(f"{file} is missing: pass the shared data folder as --data")
+    books: list[str] = []
     with lzma.open(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
+        for line in lines:
+            if sum(map(len, books)) >= characters:
+                break
+            books.append(json.loads(line)["text"])
+    return books
 
 
 def train_model(model: Any, stream: np.ndarray, seconds: float, device: str) -> float:
@@ -78,16 +85,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--characters", type=int, default=24_000_000, help="of the books, about four to a token")
     parser.add_argument("--seconds", type=float, default=100.0, help="of the model's training")
     parser.add_argument("--share", type=float, default=1.0, help="of the drafters' steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     began = time.perf_counter()
     _, tokenizer = zoo.load("classics-20m")
-    documents = texts(arguments.data)
-    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
-    stream = np.concatenate([np.array([*ids, tokenizer.eos_token_id], dtype=np.int32) for ids in encoded])
-    print(f"{len(stream) / 1e6:.1f} M tokens, {time.perf_counter() - began:.0f} s", flush=True)
+    documents = texts(arguments.data, arguments.characters)
+    stream = PackedRows(documents, tokenizer, LENGTH, 0).stream  # encoded on all cores
+    done: dict[str, Any] = {"complete": False, "tokens_of_text": len(stream), "drafters": {}}
+
+    def note(what: str) -> None:
+        done["seconds"] = round(time.perf_counter() - began, 1)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "large_model.json").write_text(json.dumps(done, indent=2) + "\n")
+        print(f"{what}, {done['seconds']:.0f} s", flush=True)
+
+    note(f"{len(stream) / 1e6:.1f} M tokens")
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     model: Any = build_model(tokenizer.vocab_size, **SHAPE).to(arguments.device).train()
@@ -95,8 +110,8 @@ def main() -> None:
     model = model.to(torch.bfloat16).eval()
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{size / 1e6:.0f} M parameters, loss {loss:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+    done |= {"parameters": sum(p.numel() for p in model.parameters()), "loss_nats": round(loss, 3)}
+    note(f"{done['parameters'] / 1e6:.0f} M parameters, loss {loss:.3f}")
 
     rng = np.random.default_rng(1)
     starts = rng.integers(len(stream) - 64, size=512)
@@ -105,6 +120,8 @@ def main() -> None:
     file = arguments.out / "text.jsonl"
     mixed = [*tokenizer.batch_decode(own), *(document[:20_000] for document in documents[:100])]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in mixed), encoding="utf-8")
+    encoded = PackedRows(mixed, tokenizer, LENGTH, 0)
+    note("the model's own text")
     recipes: dict[str, tuple[Any, dict[str, Any]]] = {
         "medusa": (train_medusa, {"steps": 400, "batch_size": 32, "length": 256, "lr": 1e-3, "weighting": "equal"}),
         "longspec": (train_longspec, {"steps": 500, "batch_size": 32, "length": 512, "lr": 1e-3, "tree_shape": (4, 8, 8, 8)}),
@@ -112,9 +129,11 @@ def main() -> None:
     }  # fmt: skip
     for name, (train, options) in recipes.items():
         options["steps"] = max(1, round(arguments.share * options["steps"]))
-        train(model, tokenizer, file, arguments.out / name, progress=False, **options)
+        train(model, tokenizer, encoded, arguments.out / name, progress=False, **options)
         last = (arguments.out / name / "training" / "log.jsonl").read_text().splitlines()[-1]
-        print(name, last, f"{time.perf_counter() - began:.0f} s", flush=True)
+        done["drafters"][name] = json.loads(last)
+        done["complete"] = len(done["drafters"]) == len(recipes)
+        note(f"{name} {last}")
 
 
 if __name__ == "__main__":

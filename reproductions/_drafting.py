@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import lzma
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import heedful
 from heedful import zoo
@@ -48,29 +48,41 @@ def held_out_rows(tokenizer: Any, number: int, length: int) -> Tensor:
     return torch.stack([torch.cat([first, stream[start : start + length - 1]]) for start in starts])
 
 
-def decode(
-    model: Any, prompts: Iterable[Tensor], drafter: Drafter | None, plain: Sequence[Tensor] | None, **options: Any
-) -> dict[str, Any]:
-    """Greedy decoding of each prompt ``(1, T)``: tokens a step, speed, and outputs that differ from ``plain``.
+def together(model: Any, rows: Tensor, drafter: Drafter | None, plain: Tensor | None, **options: Any) -> dict[str, Any]:
+    """Greedy decoding of all prompts ``(B, T)`` at once: tokens a step, the outputs, and how many differ from ``plain``."""
+    result = heedful.generate(model, cast(Any, rows.to(model.device)), drafter, do_sample=False, **options)
+    entries = [emitted for row in result.stats.accepted for emitted in row]
+    sequences, differing = result.sequences.cpu(), 0
+    if plain is not None:
+        width = max(plain.shape[1], sequences.shape[1])
+        a, b = (F.pad(x, (0, width - x.shape[1]), value=-1) for x in (plain, sequences))
+        differing = int((a != b).any(1).sum())
+    return {"tokens_per_step": sum(entries) / len(entries), "outputs_that_differ": differing, "sequences": sequences}
+
+
+def race(model: Any, rows: Tensor, drafter: Drafter, **options: Any) -> dict[str, Any]:
+    """Greedy decoding of prompt by prompt against the same loop without a drafter: tokens a step, speed, outputs that differ.
 
     The loop without a drafter runs on the same prompt right before, so that whatever else the machine does hits both alike.
     """
     entries: list[int] = []
-    seconds, sequences = {True: 0.0, False: 0.0}, []
-    steps = {True: 0, False: 0}
-    prompts = [prompt.to(model.device) for prompt in prompts]
-    if model.device.type == "cuda" and options.get("engine") != "eager":
+    seconds, steps, differing = {True: 0.0, False: 0.0}, {True: 0, False: 0}, 0
+    prompts = list(rows.to(model.device).split(1))
+    if model.device.type == "cuda":
         heedful.decoding.release_graphs(model)  # captured for another tree, perhaps
         for contestant in (None, drafter):
-            heedful.generate(model, prompts[0], contestant, do_sample=False, **options)
+            heedful.generate(model, cast(Any, prompts[0]), contestant, do_sample=False, **options)
     for prompt in prompts:
+        sequences = []
         for drafting in (False, True):
-            result = heedful.generate(model, prompt, drafter if drafting else None, do_sample=False, **options)
+            result = heedful.generate(
+                model, cast(Any, prompt), drafter if drafting else None, do_sample=False, **options
+            )
             seconds[drafting] += result.stats.decode_seconds
             steps[drafting] += result.stats.steps
+            sequences.append(result.sequences)
         entries += result.stats.accepted[0]
-        sequences.append(result.sequences.cpu())
-    differing = 0 if plain is None else sum(not torch.equal(a, b) for a, b in zip(sequences, plain, strict=True))
+        differing += not torch.equal(*sequences)
     return {
         "tokens_per_step": sum(entries) / len(entries),
         "tokens_per_second": round(sum(entries) / seconds[True], 1),
@@ -78,5 +90,4 @@ def decode(
         "step_overhead": round(seconds[True] / steps[True] / (seconds[False] / steps[False]), 2),
         "speedup": round(seconds[False] / seconds[True], 2),
         "outputs_that_differ": differing,
-        "sequences": sequences,
     }

@@ -34,19 +34,22 @@ def record(
     reproduced: bool,
     seconds: float,
     notes: str = "",
+    complete: bool = True,
     out: Path | None = None,
 ) -> Path:
     """Records one run. ``claim``: the paper's claim in one sentence; ``figures``: what was measured, JSON values with
-    units in their names; ``reproduced``: whether the claim came out here; ``notes``: why not, or what to know."""
+    units in their names; ``reproduced``: whether the claim came out here; ``notes``: why not, or what to know.
+
+    With ``complete=False`` a run in progress leaves what it has, marked as incomplete; the last call replaces it."""
     import torch
     import transformers
 
     result = {
         "slug": slug,
         "claim": claim,
-        "reproduced": reproduced,
+        "reproduced": reproduced and complete,
         "figures": figures,
-        "notes": notes,
+        "notes": notes if complete else f"INCOMPLETE, the run was cut off. {notes}",
         "device": _device(),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
@@ -59,7 +62,10 @@ def record(
     }
     out = out or RESULTS / f"{slug}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
-    print(f"recorded in {out}", file=sys.stderr)
+    partial = out.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=2) + "\n")
+    partial.replace(out)  # a kill leaves the last whole file
+    if complete:
+        print(json.dumps(result, indent=2))
+        print(f"recorded in {out}", file=sys.stderr)
     return out

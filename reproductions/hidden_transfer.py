@@ -5,7 +5,9 @@ after the last layer (a linear head without refinement). Compared, on the model'
 often each step's first candidate is the model's own token, tokens a step, trainable parameters, rows a step. For the default
 layers also how close pseudo states come to the real ones, layer by layer.
 
-    python reproductions/hidden_transfer.py [--steps 150] [--device cuda] [--processes 3] [--quick] [--out FILE]
+    python reproductions/hidden_transfer.py [--steps 150] [--device cuda] [--processes 4] [--quick] [--out FILE]
+
+What is there is recorded after every variant, marked as incomplete until all have run.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _drafting import DATA, decode, held_out_rows, training_text
+from _drafting import DATA, held_out_rows, together, training_text
 from _record import record
 from torch import Tensor
 from torch.nn import functional as F
@@ -92,9 +94,24 @@ def similarity(drafter: HiddenTransfer, model: Any, rows: Tensor) -> dict[str, l
     return curves
 
 
-def run(name: str, device: str, steps: int, text: Path, work: Path, number: int, tokens: int) -> dict[str, Any]:
+def reference(device: str, number: int, tokens: int) -> dict[str, Any]:
+    """What all variants are measured on: the model's own text, prompts, and what it says to them without a draft."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model, tokenizer = zoo.load("classics-20m", device=device)
+    rows = held_out_rows(tokenizer, 2 * number, PROMPT)
+    settings = {"max_new_tokens": tokens, "pad_token_id": tokenizer.pad_token_id, "engine": "eager"}
+    return {
+        "own": own_text(model, rows[::2], 128, PROMPT).cpu(),
+        "prompts": rows[1::2],
+        "plain": together(model, rows[1::2], None, None, **settings)["sequences"],
+        "settings": settings,
+    }
+
+
+def run(name: str, device: str, steps: int, text: Path, work: Path) -> dict[str, Any]:
     """Trains and measures one variant."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    given = torch.load(work / "reference.pt", weights_only=True)
     model, tokenizer = zoo.load("classics-20m", device=device)
     options = dict(VARIANTS[name])
     size = {"batch_size": 32, "length": 256} if device != "cpu" else {"batch_size": 4, "length": 96}
@@ -109,12 +126,8 @@ def run(name: str, device: str, steps: int, text: Path, work: Path, number: int,
     drafter = (Medusa if name == MEDUSA else HiddenTransfer).from_pretrained(out, max_nodes=len(TREE))
     drafter.set_tree(TREE)
     drafter.bind(model)
-    rows = held_out_rows(tokenizer, 2 * number, PROMPT)
-    own = own_text(model, rows[::2], 128, PROMPT)
-    settings = {"max_new_tokens": tokens, "pad_token_id": tokenizer.pad_token_id, "engine": "eager"}
-    prompts = list(rows[1::2].split(1))
-    plain = decode(model, prompts, None, None, **settings)["sequences"]
-    found = decode(model, prompts, drafter, plain, **settings)
+    own = given["own"].to(device)
+    found = together(model, given["prompts"], drafter, given["plain"], **given["settings"])
     nodes, live = len(drafter.tree), 0 if name == MEDUSA else STEPS
     figures = {
         "agreement_by_step": agreement(drafter, model, own),
@@ -134,33 +147,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four variants, 20 steps, few continuations")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--processes", type=int, default=1, help="variants trained side by side")
+    parser.add_argument("--processes", type=int, help="variants trained side by side. Default: 4 on a GPU, else 1")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     began = time.perf_counter()
-    steps, number, tokens = (20, 4, 40) if arguments.quick else (arguments.steps, 8, 64)
+    on_cpu = arguments.device == "cpu"
+    steps, number, tokens = (20, 4, 40) if arguments.quick else (arguments.steps, 8 if on_cpu else 32, 64)
     names = [MEDUSA, "layers 0 0 0", DEFAULT, LAST] if arguments.quick else arguments.variants
+    processes = arguments.processes or (1 if on_cpu else 4)
     figures: dict[str, Any] = {"training_steps": steps, "nodes_of_the_tree": len(TREE), "variants": {}}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        text = training_text(work, arguments.data, arguments.device, 0 if arguments.quick else 256, 1_000_000)
-        given = (arguments.device, steps, text, work, number, tokens)
-        if arguments.processes == 1:
+        text = training_text(
+            work, arguments.data, arguments.device, 0 if arguments.quick else 16 if on_cpu else 256, 1_000_000
+        )
+        torch.save(reference(arguments.device, number, tokens), work / "reference.pt")
+        print(f"text and reference: {time.perf_counter() - began:.0f} s", flush=True)
+        given = (arguments.device, steps, text, work)
+
+        def note(name: str, found: dict[str, Any]) -> None:
+            figures["variants"][name] = found
+            conclude(figures, began, arguments.out, len(figures["variants"]) == len(names))
+
+        if processes == 1:
             for name in names:
-                figures["variants"][name] = run(name, *given)
-                conclude(figures, began, arguments.out)
-        else:
-            with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
-                waiting = {pool.submit(run, name, *given): name for name in names}
-                for future in as_completed(waiting):
-                    figures["variants"][waiting[future]] = future.result()
-                    conclude(figures, began, arguments.out)
+                note(name, run(name, *given))
+            return
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            waiting = {pool.submit(run, name, *given): name for name in names}
+            for future in as_completed(waiting):
+                note(waiting[future], future.result())
 
 
-def conclude(figures: dict[str, Any], began: float, out: Path | None) -> None:
+def conclude(figures: dict[str, Any], began: float, out: Path | None, complete: bool) -> None:
     """Records what is there: the claims as far as their variants have run."""
     results = figures["variants"]
     by_step = {name: result["agreement_by_step"] for name, result in results.items()}
@@ -198,6 +220,7 @@ def conclude(figures: dict[str, Any], began: float, out: Path | None) -> None:
         reproduced=len(claims) == 7 and all(claims.values()),
         seconds=time.perf_counter() - began,
         notes="; ".join(f"{'held' if held else 'DID NOT HOLD'}: {claim}" for claim, held in claims.items()),
+        complete=complete,
         out=out,
     )
 

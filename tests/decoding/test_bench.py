@@ -120,8 +120,14 @@ def test_a_run_warms_up_clears_and_compares():
     for name in (BASELINE, PLAIN, "transformers prompt lookup", "heedful, warm", "heedful, cold"):
         assert figures["contestants"][name]["identical"] == 3
         assert figures["contestants"][name]["tokens"] == 24
-    stopped = bench_decode(model, Letters(), asked, {}, max_new_tokens=4, time_limit=0.0)
+    assert figures["setting"]["complete"]
+    seen = []
+    stopped = bench_decode(
+        model, Letters(), asked, {}, max_new_tokens=4, time_limit=0.0, partial_result=lambda r: seen.append(r.to_json())
+    )
     assert len(stopped.answers[BASELINE]) == 1
+    assert [(s["setting"]["questions"], s["setting"]["complete"]) for s in seen] == [(1, False)]
+    assert seen[0]["contestants"][PLAIN]["tokens"] == 4
     with pytest.raises(ValueError, match="no questions"):
         bench_decode(model, Letters(), [], {})
 

@@ -107,7 +107,7 @@ class DecodeBenchmark:
         """All figures as JSON values: for each contestant overall and by category, and the setting."""
         categories = list(dict.fromkeys(answer.category for answer in next(iter(self.answers.values()))))
         return {
-            "setting": self.setting,
+            "setting": dict(self.setting),
             "contestants": {
                 name: self._figures(name) | {"by_category": {c: self._figures(name, c) for c in categories}}
                 for name in self.answers
@@ -229,10 +229,12 @@ def bench_decode(
     cold: Sequence[str] = (),
     time_limit: float | None = None,
     progress: Callable[[int, int], None] | None = None,
+    partial_result: Callable[[DecodeBenchmark], None] | None = None,
 ) -> DecodeBenchmark:
     """Times transformers' generate and prompt lookup, heedful's plain loop, and drafters, on the same questions.
 
-    Greedy, batch size 1, wall time with prefill; three warm-up runs on the first question, after which drafters are cleared.
+    Greedy, batch size 1, wall time with prefill; three warm-up runs on the first question, after which drafters are cleared. On
+    a GPU heedful's contestants also run once on a question of each further cache size, for which graphs are captured.
     Drafters keep what they learn from question to question, as in Spec-Bench. Every output is compared with generate's.
 
     Args:
@@ -244,6 +246,7 @@ def bench_decode(
         cold: names of drafters that are cleared before every question.
         time_limit: seconds after which no further question is begun. Default: none.
         progress: called with the questions done and their number.
+        partial_result: called after each question with the figures so far, whose setting says that they are incomplete.
 
     Returns:
         The figures (`DecodeBenchmark`): ``table()`` for people, ``to_json()`` for machines.
@@ -269,14 +272,35 @@ def bench_decode(
         **{f"heedful, {name}": partial(ours, drafter=drafter) for name, drafter in drafters.items()},
     }
     context = (getattr(model.config, "max_position_embeddings", None) or 1 << 30) - max_new_tokens
-    prompts = [_encode(tokenizer, question.prompt, context).to(model_device(model)) for question in questions]
+    device = model_device(model)
+    prompts = [_encode(tokenizer, question.prompt, context).to(device) for question in questions]
     for run in runs.values():
         for _ in range(3):
             run(prompts[0])  # type: ignore[arg-type]
+    if device.type == "cuda":
+        for ids in _by_cache_size(prompts, max_new_tokens)[1:]:
+            for name, run in runs.items():
+                drafter = drafters.get(name.removeprefix("heedful, "))
+                if name == PLAIN or (drafter is not None and not drafter.joins_forward):
+                    run(ids)  # type: ignore[arg-type]
     for drafter in drafters.values():
         drafter.clear()
 
     answers: dict[str, list[Answer]] = {name: [] for name in runs}
+    setting: dict[str, Any] = {
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_new_tokens": max_new_tokens,
+        "complete": False,
+        "protocol": "Spec-Bench: batch 1, greedy, three warm-ups on the first question, wall time with prefill, ratio of means",
+        "baseline": "transformers' own generate with its defaults (dynamic cache, no compilation, one launch a kernel), the same "
+        "model object and dtype; heedful's plain loop is the row without drafts, with the kernels that drafters use",
+    }
+    result = DecodeBenchmark(answers, setting)
     began = perf_counter()
     for number, (question, ids) in enumerate(zip(questions, prompts, strict=True)):
         if time_limit is not None and number and perf_counter() - began > time_limit:
@@ -298,23 +322,24 @@ def bench_decode(
             gap = None if torch.equal(sequences, reference) else fork_gap(model, sequences, reference)
             tokens = sequences.shape[1] - ids.shape[1]
             answers[name].append(Answer(question.category, tokens, seconds, gap is None, gap, stats))
+        setting["questions"] = number + 1
         if progress is not None:
             progress(number + 1, len(questions))
-    device = model_device(model)
-    setting = {
-        "model": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "max_new_tokens": max_new_tokens,
-        "questions": len(next(iter(answers.values()))),
-        "protocol": "Spec-Bench: batch 1, greedy, three warm-ups on the first question, wall time with prefill, ratio of means",
-        "baseline": "transformers' own generate with its defaults (dynamic cache, no compilation, one launch a kernel), the same "
-        "model object and dtype; heedful's plain loop is the row without drafts, with the kernels that drafters use",
-    }
-    return DecodeBenchmark(answers, setting)
+        if partial_result is not None:
+            partial_result(result)
+    setting["complete"] = True
+    return result
+
+
+def _by_cache_size(prompts: Sequence[Tensor], max_new_tokens: int) -> list[Tensor]:
+    """The first prompt of each size of the graph engine's cache, without and with drafts; the first of all comes first."""
+    from heedful.decoding.graph import capacity_for
+
+    found: dict[tuple[int, int], Tensor] = {}
+    for ids in prompts:
+        length = ids.shape[1] + max_new_tokens
+        found.setdefault((capacity_for(length, False), capacity_for(length, True)), ids)
+    return list(found.values())
 
 
 @torch.no_grad()

@@ -139,6 +139,11 @@ def unsupported(
     return None
 
 
+def capacity_for(max_length: int, drafting: bool) -> int:
+    """Rows of the cache for sequences of up to ``max_length`` tokens."""
+    return -(-(max_length + (BUCKETS[-1] if drafting else 1)) // ROWS) * ROWS
+
+
 def release_graphs(model: PreTrainedModel | None = None) -> None:
     """Frees the captured graphs and caches of one model, or of all."""
     for one in list(_models) if model is None else [model]:
@@ -474,23 +479,24 @@ class CapturedStep:
         torch.cuda.synchronize(session.device)
         held = torch.cuda.memory_reserved(session.device)
         into = {"pool": session.pool, "stream": session.stream}
-        graph = torch.cuda.CUDAGraph()
-        with self._attached(), _no_collection(), torch.cuda.graph(graph, **into):
-            self.step, self.report = session.verify(self.trees)
-        self.graphs.append(graph)
-        if session.drafter is not None:
+        with _no_collection():
             graph = torch.cuda.CUDAGraph()
-            with torch.no_grad(), _no_collection(), torch.cuda.graph(graph, **into):
-                session.draft(self.step)
+            with self._attached(), torch.cuda.graph(graph, **into):
+                self.step, self.report = session.verify(self.trees)
             self.graphs.append(graph)
+            if session.drafter is not None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.no_grad(), torch.cuda.graph(graph, **into):
+                    session.draft(self.step)
+                self.graphs.append(graph)
         session.capture_seconds += perf_counter() - began
         session.graph_bytes += torch.cuda.memory_reserved(session.device) - held
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keeps the garbage collector out of a capture, which another graph's end would break."""
-    gc.collect()
+    """Keeps the garbage collector out of a capture, which another graph's end would break. Nothing is collected here: that
+    takes a good part of a second in a large program."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -517,8 +523,7 @@ class GraphEngine(Engine):
         drafter = self.drafter
         if drafter is not None:
             drafter.begin(self.model, self.batch)
-        room = BUCKETS[-1] if drafter is not None else 1
-        capacity = -(-(cast(int, self.max_length) + room) // ROWS) * ROWS
+        capacity = capacity_for(cast(int, self.max_length), drafter is not None)
         sampler = tuple((type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.select.processors)
         key = (self.batch, capacity, None if drafter is None else id(drafter), self.config.do_sample, sampler,
                compile, capture, self.model.dtype, model_device(self.model))  # fmt: skip
