@@ -103,8 +103,8 @@ def processes(coefficient: float, length: int) -> dict[str, dict[str, float]]:
 
 
 def sinks_and_window(**more: int) -> HiPAttention:
-    """The same budget without a search: a choice of two keys, the rest of it window."""
-    return HiPAttention(top_k=2, sliding_window=WINDOW + TOP_K - 2, **more)
+    """The same budget as window: a tree of one node finds nothing (an exact search for two keys would)."""
+    return HiPAttention(top_k=2, sliding_window=WINDOW + TOP_K - 2, decode_sample_method="center", **more)
 
 
 def decoders(quick: bool, **more: int) -> dict[str, HiPAttention]:
@@ -169,8 +169,7 @@ def recalls(
 
 def found(model: Any, prompts: list[NeedlePrompt], batch: int, quick: bool, **more: int) -> dict[str, float]:
     """Recall of needles, for each kernel."""
-    # The same budget as window: a tree of one node finds nothing (an exact search for two keys would).
-    window = HiPAttention(top_k=2, sliding_window=WINDOW + TOP_K - 2, decode_sample_method="center", **more)
+    window = sinks_and_window(**more)
     figures = {}
     for prefill, decode in (
         (HiPAttention(top_k=TOP_K, **more), decoders(quick, **more) | ({} if more else {"HiP, decoding dense": None})),
@@ -192,7 +191,7 @@ def closeness(model: Any, ids: Tensor) -> dict[str, dict[str, float]]:
     figures = {}
     for name, part in {
         "HiP": HiPAttention(top_k=TOP_K),
-        "sinks and window of the same budget": HiPAttention(top_k=2, sliding_window=WINDOW + TOP_K - 2),
+        "sinks and window of the same budget": sinks_and_window(),
     }.items():
         with heedful.attach(model, part) as attached:
             mine = model(ids).logits[:, late].float().log_softmax(-1)

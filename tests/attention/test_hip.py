@@ -216,6 +216,39 @@ def test_oracle_is_the_exact_top_blocks_and_the_tree_is_not_above_it(stride):
     assert score(tree).mean() > score(choose("random")).mean() * 0.9
 
 
+def drifting(coefficient, generator, tokens=4096, dim=64):
+    """An AR(1) process of unit variance over the tokens, `(1, 1, T, D)`."""
+    noise = torch.randn(tokens, dim, generator=generator)
+    noise[1:] *= (1 - coefficient**2) ** 0.5
+    for step in range(1, tokens):
+        noise[step] += coefficient * noise[step - 1]
+    return noise[None, None]
+
+
+@pytest.mark.parametrize(("coefficient", "least"), [(0.9, 0.72), (0.99, 0.85)])
+def test_where_neighbours_score_alike_the_tree_keeps_nearly_the_mass_of_the_best_blocks(coefficient, least):
+    """The card's acceptance, on the later half of 4,096 rows: the share of dense attention's softmax that is kept."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (drifting(coefficient, generator) for _ in range(2))
+    late = slice(2048, None)
+    visible = causal(2048, 4096)
+    weights = (query[0, 0, late] @ key[0, 0].T * 3 / 8).masked_fill(~visible, -torch.inf).softmax(-1)
+
+    def mass(mask):
+        return (weights * mask.dense()[0, 0, late]).sum(-1).mean().item()
+
+    choose = lambda method: hip_attention(query, key, key, return_mask=True, sample_method=method)[1]  # noqa: E731
+    tree = choose("center")
+    places = torch.rand(64, 2048, generator=generator)
+    searchable = torch.arange(2048) < (tree.search_end[0, :, None] - 16) // 2
+    drawn = places.masked_fill(~searchable, 2).sort(-1)
+    drawn = torch.where(drawn.values[:, :256] < 2, drawn.indices[:, :256], 9999).sort(-1).values
+    random = dataclasses.replace(tree, blocks=torch.where(drawn < 9999, drawn, -1).int()[None, None])
+    assert mass(tree) >= least
+    assert mass(tree) >= 0.97 * mass(choose("oracle"))
+    assert mass(tree) >= 2.5 * mass(random) > 0.5
+
+
 def test_one_round_of_the_tree_by_hand():
     # 8 blocks of 1 key, 4 nodes of 2 blocks: one round, in which the tree sees every block.
     key = torch.tensor([5.0, 1.0, 2.0, 7.0, 3.0, 0.0, 6.0, 4.0, 0.0]).view(1, 1, 9, 1)
@@ -391,6 +424,7 @@ def test_a_mask_knows_where_its_rows_begin():
     hidden[:, 100] = False  # a hole moves no block
     holed, used = hip_attention(*early, mask=padded, attention_mask=hidden, return_mask=True)
     assert not used.dense()[..., 100].any()
+    assert torch.equal(used.keys_read(), used.dense().sum(-1))
     torch.testing.assert_close(holed, dense(*early, used.dense()), atol=1e-5, rtol=1e-5)
     for mask, other in ((plain, real), (padded, left_padding(2, 201, [0, 31]))):
         with pytest.raises(ValueError, match="leave mask out"):
