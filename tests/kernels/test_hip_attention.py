@@ -1,5 +1,7 @@
 """HiPAttention in real (tiny, random) models: exact where it reads all keys, else sparse as its masks say."""
 
+import gc
+
 import pytest
 import torch
 from tiny_models import BOS, build, names
@@ -686,9 +688,25 @@ def test_inference_mode(cache, trained_length):
     options = {"cache_implementation": "static"} if cache == "static" else {}
     arguments = {**SMALL, "mask_refresh_interval": 3, "trained_length": trained_length}
     expected = greedy(model, HiPAttention(**arguments), **inputs, **options)
+    part = HiPAttention(**arguments)
     with torch.inference_mode():
-        found = greedy(model, HiPAttention(**arguments), **inputs, **options)
+        found = greedy(model, part, **inputs, **options)
     assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+    again = greedy(model, part, **inputs, **options)  # what the part keeps is used outside of the mode, too
+    assert torch.equal(torch.stack(again.logits), torch.stack(expected.logits))
+    with attach(model, part):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+
+
+def test_sequences_leave_nothing_behind():
+    model, part, held = build("llama"), HiPAttention(**{**SMALL, "decode_sample_method": None}), []
+    for seed in range(3):
+        greedy(model, part, input_ids=tokens(seed=seed), new_tokens=3)
+        gc.collect()
+        held.append(sum(isinstance(x, torch.Tensor) for x in gc.get_objects()))
+    assert part.summary(0)["refreshes"] == 3 * 2
+    assert part.summary(0)["keys_visible"] == 3 * 2 * 4 * sum(range(1, 51))
+    assert held[2] == held[1]
 
 
 def test_leaving_restores_the_model():

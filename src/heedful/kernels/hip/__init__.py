@@ -76,7 +76,7 @@ class HiPAttention(Kernel):
         steps: "prefill" or "decode" for only these calls, or decode steps. Default None: all.
 
     The report of `attach` has, for each layer, of the calls that were sparse: `keys_read` and `keys_visible` (sums over
-    samples, heads and rows), their ratio `share_of_keys_read` (1.0 if there was none), `mass_kept` (the share of dense
+    samples, heads and rows, of whole calls also where heads= or rows= take a part of them), their ratio `share_of_keys_read` (1.0 if there was none), `mass_kept` (the share of dense
     attention's softmax that the keys read hold, mean over sampled rows of the later half of each prefill, heads and
     samples, of rows within `trained_length`; None if there was none), `refreshes` (choices made in decoding), and
     `dense_calls` (how often the model's own attention ran). They count over the life of the part.
@@ -337,7 +337,8 @@ class HiPAttention(Kernel):
         """The layer's rotary embedding, checked against what the model handed to this call."""
         rotation = self._rotations.get(call.module)
         if rotation is None or rotation.frequencies.device != call.query.device:
-            rotation = bounded.Rotation.of(call.module, call.query.device)
+            with torch.inference_mode(False):
+                rotation = bounded.Rotation.of(call.module, call.query.device)
         if call.positions is not None:
             rotation.check(call.rotary, call.positions, call.real_rows(), call.layer)
         self._rotations[call.module] = rotation
@@ -428,9 +429,9 @@ class HiPAttention(Kernel):
             room = capacity if static else 1 << capacity.bit_length()
             names = ("top_k", "block_size_k", "block_stride_k", "num_sink_tokens", "head_group_size")
             sizes = {name: self.arguments[name] for name in names}
-            state = HiPDecodeState(batch, heads, room, sliding_window=self._window, device=key.device, **sizes)
-            choice = known[call.layer] = DeviceChoice(state, key)
-            tally.counts.append(choice.counts)
+            with torch.inference_mode(False):  # they may outlive the mode
+                state = HiPDecodeState(batch, heads, room, sliding_window=self._window, device=key.device, **sizes)
+                choice = known[call.layer] = DeviceChoice(state, key, tally.counts(key.device))
         return choice
 
     # ---- masks

@@ -57,13 +57,12 @@ class DeviceChoice:
     Attributes:
         state: The operator's `HiPDecodeState`.
         latest: `(B, D)`, the first key head's key of the token that was last, by which a row is known again.
-        counts: int64 `(3,)`: keys read, keys visible, refreshes.
+        counts: int64 `(3,)`: keys read, keys visible, refreshes; those of the layer's `Tally`, to which this adds.
     """
 
-    def __init__(self, state: HiPDecodeState, key: Tensor) -> None:
-        self.state = state
+    def __init__(self, state: HiPDecodeState, key: Tensor, counts: Tensor) -> None:
+        self.state, self.counts = state, counts
         self.latest = torch.full_like(key[:, 0, 0], torch.nan)
-        self.counts = torch.zeros(3, dtype=torch.int64, device=key.device)
 
     @torch.no_grad()
     def recognise(self, key: Tensor, lengths: Tensor) -> None:
@@ -102,7 +101,13 @@ class Tally:
     keys_visible: int | Tensor = 0
     mass: float | Tensor = 0.0
     mass_rows: int | Tensor = 0
-    counts: list[Tensor] = dataclasses.field(default_factory=list)  # those of `DeviceChoice`
+    on_device: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict)
+
+    def counts(self, device: torch.device) -> Tensor:
+        """What `DeviceChoice` adds to: one tensor for all sequences, in a place that captured graphs know."""
+        if device not in self.on_device:
+            self.on_device[device] = torch.zeros(3, dtype=torch.int64, device=device)
+        return self.on_device[device]
 
     @torch.no_grad()
     def count(self, mask: HiPMask) -> None:
@@ -140,7 +145,7 @@ class Tally:
 
     def summary(self) -> dict[str, Any]:
         read, visible, refreshes = int(self.keys_read), int(self.keys_visible), self.refreshes
-        for counts in self.counts:
+        for counts in self.on_device.values():
             here = counts.tolist()
             read, visible, refreshes = read + here[0], visible + here[1], refreshes + here[2]
         sampled = int(self.mass_rows)
