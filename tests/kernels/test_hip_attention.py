@@ -5,7 +5,8 @@ import gc
 import pytest
 import torch
 from tiny_models import BOS, build, names
-from transformers import DynamicCache, StaticCache
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 import heedful
 from heedful import HiPAttention, attach, kernels
@@ -533,6 +534,40 @@ def test_packed_documents_are_read_each_by_itself(attn):
     assert not torch.allclose(packed, model(ids, position_ids=positions, use_cache=False).logits, atol=1e-2)
     with attach(model, HiPAttention(**SMALL)), pytest.raises(ValueError, match="another one"):
         model(ids[:, :60], position_ids=positions[:, :60], attention_mask=model_mask(attn, 60), use_cache=False)
+
+
+@torch.no_grad()
+def test_flash_models_say_padding_and_documents_in_their_own_way(monkeypatch):
+    """By a 2-D mask or none, and by positions alone: what SDPA says by 4-D masks."""
+    for interface, function in (
+        (AttentionInterface, None),  # no call is dense
+        (AttentionMaskInterface, AttentionMaskInterface()["flash_attention_2"]),
+    ):
+        monkeypatch.setitem(interface._global_mapping, "flash-in-name-only", function)
+    ids = tokens(length=64)
+    packed = torch.cat([torch.arange(n) for n in (40, 3, 21)]).expand(2, -1)
+    found = []
+    for name in ("sdpa", "flash-in-name-only"):
+        model = build("llama", attn="sdpa")
+        model.config._attn_implementation_internal = name
+        inputs = left_padded(ids, [0, 13])
+        right = {"input_ids": ids, "attention_mask": inputs["attention_mask"].flip(1)}
+        found.append(
+            [
+                real(logits(model, HiPAttention(**SMALL), **inputs), inputs["attention_mask"]),
+                real(logits(model, HiPAttention(**SMALL), **right), right["attention_mask"]),
+                logits(model, HiPAttention(**SMALL), input_ids=ids, position_ids=packed, use_cache=False),
+                torch.stack(greedy(model, HiPAttention(**SMALL, mask_refresh_interval=2), **inputs).logits),
+            ]
+        )
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_block_masks_are_refused():
+    mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 48, 48, device="cpu")
+    model = build("llama", attn="flex_attention")
+    refused(model, "cannot read a BlockMask; load the model with", input_ids=tokens(), attention_mask=mask)
 
 
 def model_mask(attn, length):
