@@ -178,7 +178,8 @@ def test_wrong_shapes_and_implementations_are_refused():
 
 
 def test_kernels_under_the_interpreter():
-    """float32 and float16, one and several shares of the keys, groups, rows of their own length, window, softcap; opcheck."""
+    """float32 and float16, one and several shares of the keys, groups, rows of their own length and tree, window, softcap;
+    a node that sees nothing; opcheck; the whole call in one graph."""
     code = """
         import torch
         torch.set_num_threads(1)
@@ -198,16 +199,30 @@ def test_kernels_under_the_interpreter():
                 mask = torch.eye(nodes, dtype=torch.bool)
                 for node in range(1, nodes):
                     mask[node] |= mask[(node - 1) // 2]
+                if nodes == 9:
+                    mask = torch.stack((mask, torch.eye(nodes, dtype=torch.bool)))
+                    mask[1, 4] = False
                 lengths = torch.tensor(prefix)
                 got = tree_attention(query, key, value, mask, lengths, impl="triton", **extra)
                 wide = [x.double() for x in (query, key, value)]
                 want = tree_attention(*wide, mask, lengths, impl="reference", **extra)
                 error = (got.double() - want).norm() / want.norm()
                 assert error < bound, (dtype, nodes, prefix, extra, float(error))
+                assert nodes != 9 or (got[1, :, 4] == 0).all()  # no prefix either
         torch.library.opcheck(
             kernels.tree_attention_op, (query.float(), key.nan_to_num().float(), value.nan_to_num().float(), mask, lengths, None, 0, 0.0, 0.25),
             test_utils=("test_schema", "test_faketensor"),
         )
+        arguments = [x.nan_to_num().float() for x in (query, key, value)]
+        run = lambda *x: tree_attention(*x, mask, lengths, softcap=5.0, impl="triton")
+        assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(*arguments), run(*arguments))
+        arguments[0].requires_grad_()
+        try:
+            run(*arguments)
+        except ValueError as refusal:
+            assert "no backward" in str(refusal)
+        else:
+            raise AssertionError("a gradient was promised")
         print("fine")
     """
     run = subprocess.run(
