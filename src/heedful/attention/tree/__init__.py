@@ -82,8 +82,8 @@ def tree_attention(
         head; the kernels a few copies of the output.
 
         On one H100 (32 query and 8 key heads of 128, bfloat16, CUDA graphs) a call at 128k keys takes 1.0 times as long
-        as reading them once with up to 32 nodes and 1.7 times with 64; a dense mask takes 14 and 9 times as long as that. At
-        512k keys it is the same (`benchmarks/operators/tree.py`).
+        as reading them once with up to 32 nodes, and 1.7 times with 64. A dense mask takes 14 times as long as that from 8
+        nodes on, 9 times with 64. At 512k keys the ratios are the same (`benchmarks/operators/tree.py`).
 
     When not to use:
         For prefill, where all rows are new: `scaled_dot_product_attention` with `is_causal=True`. On a CPU it is no
