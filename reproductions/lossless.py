@@ -7,6 +7,9 @@ at most once in 1,000 prompts. ``transformers``' own ``generate`` is compared on
 CUDA graphs (Hidden Transfer in the eager engine, and Token Recycling on some batches in both), and bfloat16 forks are counted.
 
     python reproductions/lossless.py [--device cuda] [--prompts 2000] [--tokens 48] [--batch 80] [--data ../shared/data] [--out FILE]
+
+On a CPU drafters with weights draft little or nothing, because little pays there: ``--nodes 16`` makes them draft so many. ``--only
+medusa longspec`` runs these alone and adds them to what the file has.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _record import record
+from _record import RESULTS, record
 from torch import LongTensor, Tensor
 
 import heedful
@@ -50,15 +53,19 @@ def prompts(data: Path, number: int) -> list[str]:
     return [*questions[:number], *mixed][:number]
 
 
-def drafters() -> dict[str, Drafter]:
-    """All there are: those without weights, and those trained for the zoo's model."""
+def drafters(nodes: int | None = None) -> dict[str, Drafter]:
+    """All there are: those without weights, and those trained for the zoo's model; `nodes`: what these draft, if it pays or not."""
     found: dict[str, Drafter] = {
         "prompt-lookup": PromptLookup(),
         "token-recycling": TokenRecycling(),
         "sequence": Sequence(PromptLookup(), TokenRecycling()),
     }
     for slug, name in TRAINED.items():
-        found[slug] = getattr(decoding, name).from_pretrained(zoo.path(f"classics-20m-{slug}"))
+        drafter = found[slug] = getattr(decoding, name).from_pretrained(zoo.path(f"classics-20m-{slug}"))
+        if nodes is not None and isinstance(drafter, decoding.LongSpec):
+            drafter.fit_device, drafter.tree_shape = False, (nodes // 4,) * 4
+        elif nodes is not None:
+            drafter.max_nodes = nodes
     return found
 
 
@@ -126,6 +133,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--generate", type=int, default=8, help="batches on which generate is compared too")
+    parser.add_argument("--only", nargs="+", choices=list(drafters()), help="these alone, beside what the file has")
+    parser.add_argument("--nodes", type=int, help="of drafters with weights, a step; default: what pays on the device")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     number, tokens = (60, 32) if arguments.quick else (arguments.prompts, arguments.tokens)
@@ -145,6 +154,11 @@ def main() -> None:
         "forks_in_bfloat16": {},
     }  # fmt: skip
     out = arguments.out
+    file = out or RESULTS / "lossless.json"
+    if arguments.only and file.exists():
+        before = json.loads(file.read_text())["figures"]
+        for kind in ("forks", "tokens_per_step", "forks_in_bfloat16"):
+            figures[kind] = {name: value for name, value in before[kind].items() if name not in arguments.only}
 
     def save() -> bool:
         tallies = figures["forks"].values()
@@ -178,13 +192,11 @@ def main() -> None:
             gc.collect()
 
     gc.disable()
-    note(
-        "forks",
-        "transformers generate",
-        [model.generate(**batches.arguments(i), **batches.options) for i in some],
-        some,
-    )
-    for name, drafter in drafters().items():
+    if not arguments.only:
+        outputs = [model.generate(**batches.arguments(i), **batches.options) for i in some]
+        note("forks", "transformers generate", outputs, some)
+    contestants = {k: d for k, d in drafters(arguments.nodes).items() if k in (arguments.only or [k])}
+    for name, drafter in contestants.items():
         late = drafter.joins_forward and cuda  # the eager engine: as far as the time goes, from the shortest on
         for part in [range(i, i + 1) for i in every] if late else [every]:
             if late and time.perf_counter() - began > arguments.seconds:
@@ -194,7 +206,7 @@ def main() -> None:
             note("forks", name, outputs, part)
         save()
         release()
-    if cuda:
+    if cuda and not arguments.only:
         note("forks", "token-recycling, eager engine", batches.run(TokenRecycling(), some, engine="eager")[0], some)
         save()
         model, tokenizer = zoo.load("classics-20m", device=arguments.device, dtype=torch.bfloat16)
