@@ -1,6 +1,7 @@
 """HiP attention against dense attention, brute force, and the invariants of its card."""
 
 import dataclasses
+import itertools
 import math
 import weakref
 
@@ -642,6 +643,72 @@ def test_every_other_key_of_a_block_is_scored():
     )[1].blocks.flatten()
     assert choose(1).tolist() == [0, 1]
     assert choose(2).tolist() == [0, 3]
+
+
+def tree_choice(query, key, real, sample_method, top_k, block_size_q, block_stride_q, block_size_k, block_stride_k,
+                sliding_window, num_sink_tokens):  # fmt: skip
+    """Blocks that the tree chooses for one head, for each query block: the card's section 3.1, token by token."""
+    queries, keys = len(query), len(key)
+    first, last = int(real.int().argmax()), int((real * torch.arange(1, keys + 1)).max())
+    origin, window = first + num_sink_tokens, max(sliding_window, block_size_q - 1)
+    scores, choices = query @ key.T, []
+    for begin in range(0, queries, block_size_q):
+        size = min(block_size_q, queries - begin)
+        rows = min(max(last - (keys - queries + begin), 1), size)
+        searchable = max(0, keys - queries + begin + rows - window - origin)
+        blocks, nodes = -(-searchable // block_size_k), -(-top_k // block_size_k)
+        if blocks <= nodes:
+            choices.append(list(range(blocks)))
+            continue
+        voters = list(range(min(block_stride_q, size) - 1, rows, block_stride_q)) or [rows - 1]
+        bounds = [j * blocks // nodes for j in range(nodes + 1)]
+        tree = [(low, high - low) for low, high in itertools.pairwise(bounds)]
+
+        def score(start, size, begin=begin, voters=voters):
+            block = start + {"center": size // 2, "first": 0, "last": size - 1}[sample_method]
+            best = -3.4028234663852886e38
+            for token in range(origin + block * block_size_k, origin + (block + 1) * block_size_k, block_stride_k):
+                for row in voters:
+                    if token < keys and real[token] and token <= keys - queries + begin + row - window:
+                        best = max(best, float(scores[begin + row, token]))
+            return best
+
+        while max(size for _, size in tree) > 1:
+            halves = [half for s, n in tree for half in ((s, n // 2), (s + n // 2, n - n // 2)) if half[1] > 0]
+            order = sorted(range(len(halves)), key=lambda i, halves=halves: (-score(*halves[i]), i))
+            tree = sorted(halves[i] for i in order[:nodes])
+        choices.append([start for start, _ in tree])
+    return choices
+
+
+@pytest.mark.parametrize("sample_method", ["center", "first", "last"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "padded", "sizes"),
+    [
+        (150, 150, False, {}),
+        (90, 190, True, {"top_k": 9, "block_size_k": 3, "block_stride_k": 2, "num_sink_tokens": 0}),
+        (100, 140, True, {"top_k": 5, "block_size_k": 1, "block_size_q": 24, "block_stride_q": 7}),
+        (3, 190, False, {"sliding_window": 0}),
+    ],
+)
+def test_tree_by_its_definition(sample_method, queries, keys, padded, sizes):
+    query, key, value = tensors(batch=2, heads=2, kv_heads=1, queries=queries, keys=keys, dtype=torch.float64)
+    real = torch.ones(2, keys, dtype=torch.bool)
+    if padded:
+        real = (torch.arange(keys) >= torch.tensor([[0], [9]])) & (
+            torch.arange(keys) < torch.tensor([[keys - 7], [keys]])
+        )
+        real[0, 40] = False
+    sizes = {**SMALL, "block_stride_k": 1, **sizes, "sample_method": sample_method}
+    _, mask = hip_attention(query, key, value, attention_mask=real if padded else None, return_mask=True, **sizes)
+    searched = 0
+    for row in range(2):
+        for head in range(2):
+            want = tree_choice(query[row, head], key[row, 0], real[row], **sizes)
+            found = [[x for x in block if x >= 0] for block in mask.blocks[row, head].tolist()]
+            assert found == want
+            searched += sum(len(block) == -(-sizes["top_k"] // sizes["block_size_k"]) for block in want)
+    assert searched >= 4
 
 
 def scan(means, key, left, right, origin, real, chunk_size):
