@@ -253,12 +253,12 @@ def main() -> None:
         "far more than a random choice or a longer window of the same budget; with bounded positions the model finds "
         "needles at lengths that it was not trained on.",
         figures={
-            "length": length_of_processes,
-            "processes": tables,
-            "classics-20m, prefill of 4k tokens": prefill,
             "classics-20m, recall of needles": needles,
             "needles": counts,
+            "classics-20m, prefill of 4k tokens": prefill,
             "accepted": held,
+            "length": length_of_processes,
+            "processes": tables,
         },
         reproduced=all(held.values()),
         seconds=time.perf_counter() - started,
