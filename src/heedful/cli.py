@@ -110,7 +110,10 @@ def _drafter(name: str, model: str) -> Drafter | None:
     if name == "sequence":
         return decoding.Sequence(decoding.PromptLookup(), decoding.TokenRecycling())
     folder, kind = _trained(name, model)
-    return getattr(decoding, TRAINED[kind]).from_pretrained(folder)
+    try:
+        return getattr(decoding, TRAINED[kind]).from_pretrained(folder)
+    except ValueError as error:
+        raise BadInput(_first_line(error)) from error
 
 
 def _trained(name: str, model: str) -> tuple[Path, str]:
@@ -128,7 +131,10 @@ def _trained(name: str, model: str) -> tuple[Path, str]:
     config = Path(name) / "config.json"
     if not config.is_file():
         raise BadInput(f"no drafter {name!r}: there are {', '.join(DRAFTERS)}, or the folder of a trained one")
-    arguments = json.loads(config.read_text(encoding="utf-8"))
+    try:
+        arguments = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{config} is no JSON: {_first_line(error)}") from error
     for key, kind in {"num_heads": "medusa", "transfer_layers": "hidden-transfer", "tree_shape": "longspec"}.items():
         if key in arguments:
             return Path(name), kind
@@ -392,12 +398,16 @@ def bench_decode(
         asked = bench.read_questions(questions, per_category=per_category)
     except (OSError, ValueError) as error:
         raise BadInput(_first_line(error)) from error
+    contestants = {name: drafter for name in names if (drafter := _drafter(name, model)) is not None}
     loaded, tokenizer = _load(model)
-    with _progress() as progress:
-        result = bench.bench_decode(
-            loaded, tokenizer, asked, {name: drafter for name in names if (drafter := _drafter(name, model)) is not None}, max_new_tokens=max_new_tokens,
-            progress=lambda done, total: progress("questions", done, total),
-        )  # fmt: skip
+    try:
+        with _progress() as progress:
+            result = bench.bench_decode(
+                loaded, tokenizer, asked, contestants, max_new_tokens=max_new_tokens,
+                progress=lambda done, total: progress("questions", done, total),
+            )  # fmt: skip
+    except ValueError as error:
+        raise BadInput(_first_line(error)) from error
     if json_path is not None:
         _write_json(json_path, result.to_json())
     if plot is not None:
@@ -437,9 +447,9 @@ def _train(name: str, model: str, data: Path, out: Path, begin: Path | None = No
 
     loaded, tokenizer = _load(model)
     loaded.float()
-    if begin is not None:
-        options["drafter"] = getattr(decoding, TRAINED[name]).from_pretrained(begin)
     try:
+        if begin is not None:
+            options["drafter"] = getattr(decoding, TRAINED[name]).from_pretrained(begin)
         getattr(training, f"train_{name.replace('-', '_')}")(loaded, tokenizer, data, out, **options)
     except ValueError as error:
         raise BadInput(_first_line(error)) from error

@@ -57,7 +57,7 @@ def test_drafters_on_the_device_draft_as_on_the_host(make, batch):
     model, given = setting(batch=batch)
     options = GREEDY | {"max_new_tokens": 80}
     reference = model.generate(**given, **options)
-    steps = []
+    steps, by_depth = [], []
     for on_device in (True, False):
         drafter = make()
         if not on_device:
@@ -66,8 +66,10 @@ def test_drafters_on_the_device_draft_as_on_the_host(make, batch):
         assert torch.equal(result.sequences, reference)
         assert result.stats.new_tokens == [80] * batch
         steps.append(result.stats.steps)
+        by_depth.append(result.stats.acceptance_by_depth)
     if make is PromptLookup:
         assert steps[0] == steps[1]
+        assert by_depth[0] == by_depth[1]
     else:  # the host measures acceptance rates, the device multiplies shares
         assert steps[0] <= 1.3 * steps[1]
         assert steps[0] < 79

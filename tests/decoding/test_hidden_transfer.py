@@ -220,6 +220,12 @@ def test_refusals():
         heedful.generate(model, drafter=HiddenTransfer.for_model(model), **given, **GREEDY)
     with pytest.raises(ValueError, match="use Medusa instead"):
         HiddenTransfer.for_model(build("gpt2"))
+    latent = build("deepseek_v3")
+    cache = DynamicCache()
+    latent(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    if cache.layers[0].keys.shape[1] == 1:  # not in older versions of transformers
+        with pytest.raises(ValueError, match="compressed; use Medusa instead"):
+            HiddenTransfer.for_model(latent).loss(latent, torch.tensor([[5, 6, 7, 8, 9]]))
     with pytest.raises(ValueError, match="never fall"):
         HiddenTransfer(hidden_size=8, num_hidden_layers=4, transfer_layers=[2, 1, 3])
     with pytest.raises(ValueError, match="'anchor' or 'previous'"):

@@ -7,7 +7,7 @@ from tiny_models import build, inputs
 from transformers import DynamicCache
 
 import heedful
-from heedful.decoding import LongSpec, longspec
+from heedful.decoding import LongSpec, Medusa, longspec
 from heedful.decoding.longspec import _State, _windowed
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -22,7 +22,7 @@ def block(model, **options):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3", "gpt_oss"])
 def test_greedy_output_does_not_depend_on_the_block(name, batch):
     model = build(name, dtype=torch.float64)
     given = inputs(model, batch=batch, length=11, padding="left" if batch > 1 else None)
@@ -181,15 +181,26 @@ def test_a_cycle_is_learnt():
     assert result.stats.tokens_per_step > 3.5
 
 
-def test_save_load_and_refusals(tmp_path):
+def test_save_load_and_refusals(tmp_path, capsys):
     model = build("llama")
     drafter = block(model)
     drafter.save_pretrained(tmp_path)
     loaded = LongSpec.from_pretrained(tmp_path)
+    assert capsys.readouterr().out == ""
     assert tuple(loaded.tree_shape) == (4, 6, 6)
     assert all(torch.equal(a, b) for a, b in zip(drafter.parameters(), loaded.parameters(), strict=True))
+    with pytest.raises(ValueError, match="another drafter than Medusa"):
+        Medusa.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
+        LongSpec.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
+        LongSpec.from_pretrained(tmp_path / "none")
     with pytest.raises(ValueError, match="use Medusa instead"):
         LongSpec.for_model(build("gpt2"))
+    for name in ("cohere2", "glm4", "deepseek_v3"):  # pairs side by side; half a head; latent
+        with pytest.raises(ValueError, match="use Medusa instead"):
+            LongSpec.for_model(build(name))
     with pytest.raises(ValueError, match="made for hidden_size"):
         heedful.generate(build("llama", hidden_size=48), drafter=loaded, **inputs(model, batch=1), **GREEDY)
     with pytest.raises(ValueError, match="at least one node"):

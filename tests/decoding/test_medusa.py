@@ -220,9 +220,9 @@ def test_published_checkpoints(tmp_path, kind):
     file = tmp_path / f"medusa_lm_head.{kind}"
     torch.save(state, file) if kind == "pt" else save_file(state, file)
     (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 2, "medusa_num_layers": 1}))
-    drafter = Medusa.from_checkpoint(tmp_path, model)
-    assert (drafter.num_heads, drafter.share_lm_head) == (2, False)
-    assert torch.equal(drafter.outputs[1].weight, state["1.1.weight"])
+    drafter = Medusa.from_checkpoint(tmp_path, model)  # the published config of five heads says two
+    assert (drafter.num_heads, drafter.num_layers, drafter.share_lm_head) == (3, 1, False)
+    assert torch.equal(drafter.outputs[2].weight, state["2.1.weight"])
     with pytest.raises(ValueError, match="holds no medusa_lm_head"):
         Medusa.from_checkpoint(tmp_path / "none", model)
     with pytest.raises(ValueError, match="needs"):
@@ -241,6 +241,14 @@ def test_nothing_but_tensors_is_unpickled(tmp_path):
     torch.save({"0.0.linear.weight": torch.zeros(2, 2), "extra": Harmful()}, file)
     with pytest.raises(ValueError, match="holds more than tensors"):
         Medusa.from_checkpoint(file, build("llama"))
+    for wrong in (b"", b"no file of torch"):
+        file.write_bytes(wrong)
+        with pytest.raises(ValueError, match="holds more than tensors, or none"):
+            Medusa.from_checkpoint(file, build("llama"))
+    for other in ({}, torch.zeros(2), {"lm_head.weight": torch.zeros(2)}, {"0.0.weight": torch.zeros(2)}):
+        torch.save(other, file)
+        with pytest.raises(ValueError, match="holds no Medusa heads"):
+            Medusa.from_checkpoint(file, build("llama"))
 
 
 @torch.no_grad()

@@ -142,6 +142,20 @@ def test_right_padding_and_streamer_in_a_batch():
     assert forwards.count == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.tensor([5, 6]), "shape .2,."),
+        ([[5, 6]], "list"),
+        (torch.tensor([[5.0]]), "float32"),
+        (torch.zeros(1, 0, dtype=torch.long), "hold no token"),
+    ],
+)
+def test_what_is_no_prompt(given, message):
+    with pytest.raises(ValueError, match=message):
+        heedful.generate(build("llama"), given, max_new_tokens=4)
+
+
 class Wrong(Drafter):
     def __init__(self, proposal):
         self.proposal = proposal

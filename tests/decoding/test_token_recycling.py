@@ -332,6 +332,28 @@ def test_a_corpus_warms_the_first_prompt():
         assert warm.matrices[0].tokens[token].tolist() == logits[at].float().topk(8).indices.tolist()
     steps = [heedful.generate(model, drafter=d, **batch, **GREEDY).stats.steps for d in (warm, cold)]
     assert steps[0] < steps[1]
+    apart = TokenRecycling(max_nodes=20, share_rows=False).warm(text, model, length=len(text))
+    apart.begin(model, 3)  # every row is warm, and none sees another's text
+    assert len(apart.matrices) == 3
+    apart.matrices[0].tokens[:] = 7
+    for matrix in apart.matrices[1:]:
+        assert all(matrix.tokens[t].tolist() == logits[at].float().topk(8).indices.tolist() for t, at in last.items())
+    apart.clear()
+    apart.begin(model, 1)
+    assert (apart.matrices[0].tokens == -1).all()
+
+
+def test_a_file_of_one_matrix_is_what_every_row_begins_with(tmp_path):
+    model = build("llama", dtype=torch.float64)
+    shared = TokenRecycling(max_nodes=20)
+    heedful.generate(model, drafter=shared, **inputs(model, batch=1), **GREEDY)
+    shared.save(tmp_path / "matrix.safetensors")
+    apart = TokenRecycling(max_nodes=20, share_rows=False).load(tmp_path / "matrix.safetensors")
+    apart.begin(model, 2)
+    assert all((matrix.tokens == shared.matrices[0].tokens).all() for matrix in apart.matrices)
+    (tmp_path / "other.safetensors").write_text("not a file of tensors")
+    with pytest.raises(ValueError, match=r"no file of TokenRecycling\.save"):
+        shared.load(tmp_path / "other.safetensors")
 
 
 def test_sessions_do_not_see_each_other():

@@ -106,7 +106,8 @@ class Settled:
         count: ``(B,)`` how many, at least 1 (also in a row that had ended, in which nothing changes).
         roots: ``(B,)`` the token chosen after the last of them.
         sources, targets: ``(B, m)`` the rows of the cache that the walk's nodes are in, and those where they belong.
-        report: ``(B, m + 2)`` for the host: emitted tokens, how many of them count, whether the row has ended.
+        report: ``(B, m + 3)`` for the host: emitted tokens, the depth of the tree as far as there was room for it, how many
+            tokens count, whether the row has ended.
     """
 
     path: Tensor
@@ -140,7 +141,9 @@ def settle(
     last = count.clamp(min=1)[:, None] - 1
     path = torch.where(at < count[:, None], walked.path, walked.path.gather(1, last))
     roots = walked.emitted.gather(1, last)[:, 0]
-    report = torch.cat([walked.emitted, count[:, None], (finished | ended)[:, None].long()], dim=1)
+    depth = torch.where(parents >= 0, ancestors.sum(-1) - 1, 0).amax(-1)
+    depth = torch.minimum(depth, remaining - 1).clamp(min=0)
+    report = torch.cat([walked.emitted, torch.stack([depth, count, (finished | ended).long()], dim=1)], dim=1)
     lengths.add_(count)
     positions.add_(count)
     remaining.sub_(count)

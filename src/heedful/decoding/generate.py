@@ -27,6 +27,7 @@ from heedful.decoding.support import (
     check_batch,
     check_call,
     check_model,
+    check_prompt,
     check_rope,
     model_device,
 )
@@ -92,10 +93,11 @@ def generate(
     Raises:
         ValueError: before the first forward, for a model or an argument that could not be exact: recurrent, hybrid, ALiBi and
             encoder-decoder models, dynamic or longrope beyond the original length, ``num_beams > 1``, ``assistant_model``,
-            ``prompt_lookup_num_tokens``, ``use_cache=False``, ``past_key_values``, per-token outputs, right padding, and a
+            ``prompt_lookup_num_tokens``, ``use_cache=False``, ``past_key_values``, per-token outputs, right padding, no prompt, and a
             streamer or a processor with state at batch size > 1. The message names the remedy.
     """
     run = _Run(drafter, streamer, acceptance, engine, compile, posterior_threshold, posterior_alpha)
+    check_prompt(input_ids)
     check_call(kwargs)
     check_model(_unwrapped(model))
     if kwargs.get("past_key_values") is not None:

@@ -356,7 +356,7 @@ class Session:
         return draw.view(logits.shape[:2])
 
     def verify(self, trees: Trees) -> tuple[DeviceStep, Tensor]:
-        """Forward, walk, commit. Returns the step, and what the host reads: ``(B, m + 2)`` emitted tokens, count, ended."""
+        """Forward, walk, commit. Returns the step, and what the host reads, `Settled.report`."""
         self.shown = trees
         nodes = trees.nodes
         places, positions = self._compiled(place, nodes)(
@@ -428,7 +428,7 @@ class CapturedStep:
         self.report: Tensor
         cuda = session.device.type == "cuda"
         self.hosts = [
-            torch.zeros(session.batch, trees.path_length + 2, dtype=torch.long, pin_memory=cuda) for _ in range(2)
+            torch.zeros(session.batch, trees.path_length + 3, dtype=torch.long, pin_memory=cuda) for _ in range(2)
         ]
         self.events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] if cuda else [] for _ in range(2)]
 
@@ -460,7 +460,7 @@ class CapturedStep:
         return slot
 
     def read(self, slot: int) -> tuple[list[list[int]], float, float]:
-        """Waits for a step: per row the emitted tokens, count and whether it has ended; seconds of verify and draft."""
+        """Waits for a step: its report, row by row; seconds of verify and draft."""
         verify = draft = 0.0
         if events := self.events[slot]:
             events[2].synchronize()
@@ -478,17 +478,18 @@ class CapturedStep:
         session = self.session
         torch.cuda.synchronize(session.device)
         held = torch.cuda.memory_reserved(session.device)
-        into = {"pool": session.pool, "stream": session.stream}
+        graphs = [torch.cuda.CUDAGraph() for _ in range(1 if session.drafter is None else 2)]
+
+        def into(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
+            return torch.cuda.graph(graph, pool=session.pool, stream=session.stream)
+
         with _no_collection():
-            graph = torch.cuda.CUDAGraph()
-            with self._attached(), torch.cuda.graph(graph, **into):
+            with self._attached(), into(graphs[0]):
                 self.step, self.report = session.verify(self.trees)
-            self.graphs.append(graph)
             if session.drafter is not None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.no_grad(), torch.cuda.graph(graph, **into):
+                with torch.no_grad(), into(graphs[1]):
                     session.draft(self.step)
-                self.graphs.append(graph)
+        self.graphs = graphs
         session.capture_seconds += perf_counter() - began
         session.graph_bytes += torch.cuda.memory_reserved(session.device) - held
 
@@ -638,7 +639,7 @@ class GraphEngine(Engine):
         rows, verify, draft = step.read(slot)
         came = perf_counter()
         paths: list[list[int]] = []
-        for row, (*emitted, count, _) in enumerate(rows):
+        for row, (*emitted, depth, count, _) in enumerate(rows):
             if self.stopped[row] is not None:
                 paths.append([])
                 continue
@@ -654,7 +655,7 @@ class GraphEngine(Engine):
                 path = self._nodes(tree, emitted[:count])
                 self._count(tree, path)
             else:
-                self._count_depth(step.trees.path_length - 1, count)
+                self._count_depth(depth, count)
             paths.append(path)
         if trees is not None and self.learns and self.drafter is not None:
             self.drafter.update(

@@ -451,9 +451,14 @@ class _PseudoAttention(Kernel):
         memory: Any = self.cache.layers[call.module.layer_idx]  # type: ignore[index]
         batch, heads, rows, dim = call.query.shape
         steps, length = rows // self.length, self.length
+        if memory.keys.shape[1:2] + memory.keys.shape[3:] != call.key.shape[1:2] + call.key.shape[3:]:
+            raise ValueError(
+                f"HiddenTransfer is trained against keys in the cache as they are attended to, and {type(call.module).__name__} "
+                f"keeps them compressed; use Medusa instead"
+            )
         query = call.query.view(batch, -1, call.groups, steps, length, dim)
         keys, values = cast(Tensor, memory.keys).to(query.dtype), cast(Tensor, memory.values).to(query.dtype)
-        own_keys, own_values = (x.view(batch, -1, steps, length, dim) for x in (call.key, call.value))
+        own_keys, own_values = (x.view(batch, -1, steps, length, x.shape[-1]) for x in (call.key, call.value))
         window = call.keywords.get("sliding_window")
         out = []
         for start in range(0, length, _BLOCK):  # blocks of anchors: no scores of all rows with all keys are ever there
@@ -466,7 +471,7 @@ class _PseudoAttention(Kernel):
                 out.append(cast(Tensor, checkpoint(_attend, *arguments, use_reentrant=False)))
             else:
                 out.append(_attend(*arguments))
-        return torch.cat(out, dim=4).reshape(batch, heads, rows, dim)
+        return torch.cat(out, dim=4).reshape(batch, heads, rows, -1)
 
 
 def _attend(
@@ -475,7 +480,8 @@ def _attend(
 ) -> Tensor:  # fmt: skip
     """Attention of the pseudo rows ``(B, Hkv, G, steps, n, D)`` of anchors ``start`` to ``start + n - 1``.
 
-    Keys and values ``(B, Hkv, m, D)`` of the real rows, ``(B, Hkv, steps, n, D)`` of the pseudo rows. The row of step s
+    Keys and values ``(B, Hkv, m, D)`` of the real rows, ``(B, Hkv, steps, n, D)`` of the pseudo rows (values may have
+    another D: latent attention). The row of step s
     (from 0) stands at position anchor + s + 1, and windows are counted from there.
     """
     steps, count = query.shape[3], query.shape[4]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -433,7 +434,9 @@ class _LongSpecOnDevice(DeviceDrafter):
     def advance(self, step: DeviceStep) -> tuple[Tensor, Tensor]:
         order = torch.arange(step.path.shape[1], device=step.path.device)
         positions = (step.positions - step.count)[:, None] + order
-        self.state.write(step.tokens.gather(1, step.path), torch.where(order < step.count[:, None], positions, -1))
+        # Of a path longer than the window its end alone: the ring has one place for each of its tokens.
+        kept = (order < step.count[:, None]) & (order >= step.count[:, None] - self.state.block.window)
+        self.state.write(step.tokens.gather(1, step.path), torch.where(kept, positions, -1))
         return self.state.draft(step.roots, step.positions, step.cache, step.lengths, self.padding)
 
 
@@ -552,10 +555,18 @@ def _check_rotation(model: PreTrainedModel) -> None:
         )
     x = torch.linspace(-1, 1, 3 * dim).view(1, 1, 3, dim)
     angles = torch.arange(3.0)[None, :, None] * frequencies.float().cpu()
-    rotation = (torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin())
-    try:
-        theirs = apply(x, x, *rotation)[0]
-    except TypeError:  # gemma 4 and others rotate one tensor at a time
-        theirs = apply(x, *rotation)
-    if not torch.allclose(theirs, _rotate(x, rotation), atol=1e-5):
+    ours = _rotate(x, (torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()))
+    if not any(
+        theirs.shape == x.shape and torch.allclose(theirs, ours, atol=1e-5) for theirs in _rotated(apply, x, angles)
+    ):
         raise ValueError(f"LongSpec does not know the rotation of {name}'s keys; use Medusa instead")
+
+
+def _rotated(apply: Any, x: Tensor, angles: Tensor) -> Iterator[Tensor]:
+    """What a model's function makes of ``x``, called in the ways there are: both tensors or one (Gemma 4), and an angle for
+    each number of a head or for each pair (GPT-OSS)."""
+    for each in (torch.cat([angles, angles], -1), angles):
+        for tensors in ((x, x), (x,)):
+            with suppress(TypeError, RuntimeError):
+                theirs = apply(*tensors, each.cos(), each.sin())
+                yield theirs[0] if isinstance(theirs, tuple) else theirs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Sequence
 from os import PathLike
@@ -270,8 +269,8 @@ class Medusa(RankDrafter):
     def from_checkpoint(cls, path: str | PathLike[str], model: PreTrainedModel, **options: Any) -> Medusa:
         """Loads published heads: ``medusa_lm_head.pt`` or ``.safetensors``, the file or its folder.
 
-        Nothing but tensors is unpickled. A ``config.json`` beside the file gives ``medusa_num_heads`` and
-        ``medusa_num_layers``; else they are read off the keys.
+        Nothing but tensors is unpickled. How many heads and blocks there are is read off the keys: published ``config.json`` files
+        tell other numbers than their weights have.
 
         Args:
             path: the file, or the folder that holds it.
@@ -293,22 +292,18 @@ class Medusa(RankDrafter):
         else:
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
-            except pickle.UnpicklingError:
+            except (pickle.UnpicklingError, EOFError, RuntimeError):
                 raise ValueError(
                     f"{file} holds more than tensors, or none: only weights are read, so save the heads' state dict alone"
                 ) from None
+        none = ValueError(f"{file} holds no Medusa heads: keys like '0.0.linear.weight' are expected")
+        if not isinstance(state, dict):
+            raise none
         state = {key.removeprefix("medusa_head."): value for key, value in state.items()}
-        try:
-            places = sorted({tuple(map(int, key.split(".")[:2])) for key in state})
-        except ValueError:
-            raise ValueError(f"{file} holds no Medusa heads: keys like '0.0.linear.weight' are expected") from None
-        heads = 1 + max(place[0] for place in places)
-        linears = {place for place in places if f"{place[0]}.{place[1]}.linear.weight" in state}
-        layers = 1 + max(place[1] for place in linears)
-        config = file.parent / "config.json"
-        if config.is_file():
-            given = json.loads(config.read_text())
-            heads = min(heads, int(given.get("medusa_num_heads", heads)))
+        blocks = [key.split(".")[:2] for key in state if key.endswith(".linear.weight")]
+        if not blocks or not all(part.isdigit() for place in blocks for part in place):
+            raise none
+        heads, layers = (1 + max(int(place[i]) for place in blocks) for i in range(2))
         own = f"0.{layers}.weight" in state
         drafter = cls.for_model(model, num_heads=heads, num_layers=layers, share_lm_head=not own, **options)
         renamed = {}

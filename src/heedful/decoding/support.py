@@ -85,6 +85,23 @@ def check_rope(model: PreTrainedModel, final_length: int | None) -> None:
             )
 
 
+def check_prompt(input_ids: Any) -> None:
+    """ValueError unless these are rows of token ids."""
+    if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        given = (
+            f"shape {tuple(input_ids.shape)}, {input_ids.dtype}"
+            if isinstance(input_ids, Tensor)
+            else repr(type(input_ids))
+        )
+        raise ValueError(
+            f"input_ids must be a LongTensor (batch, tokens), as tokenizer(text, return_tensors='pt').input_ids is, got {given}"
+        )
+    if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids of shape {tuple(input_ids.shape)} hold no token: begin with one, the BOS for instance"
+        )
+
+
 def check_call(arguments: Mapping[str, Any]) -> None:
     """ValueError for arguments of `heedful.generate` that another way of decoding would need."""
     if arguments.get("assistant_model") is not None:

@@ -7,12 +7,14 @@ verified node, accepted or rejected, writes its own top-k back into the matrix.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import LongTensor, Tensor
 from transformers import PreTrainedModel
@@ -131,6 +133,7 @@ class TokenRecycling(Drafter):
         self._pace: np.ndarray
         self._noted: list[int] = []
         self._on_device: RecyclingOnDevice | None = None
+        self._corpus: AdjacencyMatrix | None = None  # what every row begins with
         self.clear()
 
     # Drafter ----------------------------------------------------------------------------------------------------------
@@ -143,7 +146,8 @@ class TokenRecycling(Drafter):
                 f"{vocabulary}; call clear() first, or use one drafter per model"
             )
         while len(self.matrices) < (1 if self.share_rows else batch_size):
-            self.matrices.append(AdjacencyMatrix(vocabulary, self.num_candidates))
+            new = copy.deepcopy(self._corpus) or AdjacencyMatrix(vocabulary, self.num_candidates)
+            self.matrices.append(new)
         for matrix in self.matrices:
             matrix.set_rates()
         self._recent = np.full(batch_size, 2.0)
@@ -230,7 +234,7 @@ class TokenRecycling(Drafter):
 
     def clear(self) -> None:
         """Forgets the matrix and the measured acceptance rates."""
-        self.matrices = []
+        self.matrices, self._corpus = [], None
         if self._on_device is not None:  # in place: captured graphs read it
             self._on_device.tokens.fill_(_UNSEEN)
             self._on_device.shares.zero_()
@@ -255,10 +259,15 @@ class TokenRecycling(Drafter):
     def load(self, path: str | PathLike[str]) -> TokenRecycling:
         """Reads what `save` wrote, in place of what was learned; returns the drafter itself.
 
+        With a matrix for each row, a file of one matrix is what every row begins with.
+
         Raises:
             ValueError: the file was written with another ``num_candidates``, or by something else.
         """
-        arrays = load_file(str(path))
+        try:
+            arrays = load_file(str(path))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no file of TokenRecycling.save: {error}") from None
         if set(arrays) != set(AdjacencyMatrix.STATE) or arrays["tokens"].ndim != 3:
             raise ValueError(f"{path} is no file of TokenRecycling.save: it holds {sorted(arrays)}")
         _, vocabulary, k = arrays["tokens"].shape
@@ -269,6 +278,8 @@ class TokenRecycling(Drafter):
             matrix = AdjacencyMatrix(vocabulary, k)
             matrix.restore({name: array[row] for name, array in arrays.items()})
             self.matrices.append(matrix)
+        if len(arrays["tokens"]) == 1:
+            self._corpus = copy.deepcopy(self.matrices[0])
         if self._on_device is not None:
             if self._on_device.tokens.shape != self.matrices[0].tokens.shape:
                 raise ValueError(f"{path} holds {vocabulary} tokens, this drafter is in use with another vocabulary")
@@ -281,6 +292,8 @@ class TokenRecycling(Drafter):
     ) -> TokenRecycling:
         """Fills the matrix from a corpus, so that the first prompt finds it warm; returns the drafter itself.
 
+        With a matrix for each row, all rows are warmed, those of later batches too.
+
         Args:
             tokens: ``(n,)`` token ids of text like that to come. A few ten thousand cover most of what is frequent.
             model: the model that will decode.
@@ -291,17 +304,18 @@ class TokenRecycling(Drafter):
         rows = tokens.flatten()[: len(tokens.flatten()) // length * length].view(-1, length)
         if len(rows) == 0:
             raise ValueError(f"warm needs at least {length} tokens (or a smaller length), got {len(tokens.flatten())}")
-        matrix = self._matrix(0)
+        self._corpus = self._corpus or AdjacencyMatrix(self.matrices[0].vocabulary, self.num_candidates)
         with torch.no_grad():
             for batch in rows.split(batch_size):
                 logits = model(input_ids=batch.to(model_device(model)), use_cache=False).logits
                 for row, row_logits in zip(batch.cpu().numpy(), logits, strict=True):
-                    candidates, shares = matrix.candidates(row_logits)
-                    matrix.write(row, candidates, shares, np.append(row[1:], _UNSEEN))
-                    matrix.note(row)
+                    candidates, shares = self._corpus.candidates(row_logits)
+                    for matrix in (self._corpus, *self.matrices):
+                        matrix.write(row, candidates, shares, np.append(row[1:], _UNSEEN))
+                        matrix.note(row)
         if self._on_device is not None:
-            self._on_device.tokens.copy_(torch.from_numpy(matrix.tokens))
-            self._on_device.shares.copy_(torch.from_numpy(matrix.shares()))
+            self._on_device.tokens.copy_(torch.from_numpy(self.matrices[0].tokens))
+            self._on_device.shares.copy_(torch.from_numpy(self.matrices[0].shares()))
         return self
 
     # Reading a draft --------------------------------------------------------------------------------------------------

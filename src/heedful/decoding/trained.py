@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from contextlib import redirect_stdout
+from io import StringIO
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -30,6 +36,36 @@ class TrainedDrafter(nn.Module, Drafter, PyTorchModelHubMixin):
 
     #: Share of the training that is done, which the loop sets before every step: for losses with a schedule.
     trained_share: float = 1.0
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **options: Any) -> Self:
+        """Loads a folder that `save_pretrained` or a recipe wrote, or a hub repository.
+
+        Args:
+            pretrained_model_name_or_path: the folder, or ``owner/name``.
+            **options: of the constructor, in place of those in the folder; ``revision``, ``token``... of the hub.
+
+        Raises:
+            ValueError: there is no such folder, or it holds something else.
+        """
+        name = str(pretrained_model_name_or_path)
+        if Path(name).is_dir():
+            cls._check_folder(Path(name))
+        elif name.count("/") != 1 or name[0] in "./~":
+            raise ValueError(f"there is no folder {name} to load a {cls.__name__} from")
+        with redirect_stdout(StringIO()):  # the mixin prints that it loads
+            return super().from_pretrained(name, **options)  # type: ignore[no-any-return]
+
+    @classmethod
+    def _check_folder(cls, folder: Path) -> None:
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder} holds no {cls.__name__}: it has no {file}, which save_pretrained writes")
+        given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        parameters = inspect.signature(cls).parameters
+        needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+        if not needed <= set(given) <= set(parameters):
+            raise ValueError(f"{folder} holds another drafter than {cls.__name__}: its config.json has {sorted(given)}")
 
     def sizes(self, model: PreTrainedModel) -> dict[str, int]:
         """What of this drafter has to fit a model: argument names and the model's own values."""
