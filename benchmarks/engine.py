@@ -233,7 +233,9 @@ def main() -> None:
         for right in (2, 1, 3):
             oracle = Oracle(text, right)
             result = ours(oracle, tokens + 16, compile)
-            assert torch.equal(result.sequences[0], text[: result.sequences.shape[1]]), "the oracle's text is not the model's"
+            assert torch.equal(result.sequences[0], text[: result.sequences.shape[1]]), (
+                "the oracle's text is not the model's"
+            )
             speed = tokens / seconds(lambda n, o=oracle, c=compile: ours(o, n, c), tokens)
             note(f"oracle of {right + 1}, {form}: tokens a step", result.stats.tokens_per_step, "")
             note(f"oracle of {right + 1}, {form}", speed)
