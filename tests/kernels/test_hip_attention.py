@@ -305,9 +305,12 @@ def test_beam_search_runs_and_reads_what_plain_decoding_would():
     with attach(model, exhaustive(mask_refresh_interval=4)):
         found = model.generate(**inputs, **options)
     assert torch.equal(found, model.generate(**inputs, **options))
-    with attach(model, HiPAttention(**SMALL, mask_refresh_interval=4)):
-        sparse = model.generate(**inputs, **options)
-    assert sparse.shape[0] == 2
+    sparse = []
+    for more in ({}, {"cache_implementation": "static"}):  # a row's choice follows it in both
+        with attach(model, HiPAttention(**SMALL, mask_refresh_interval=4)):
+            sparse.append(model.generate(**inputs, **options, **more))
+    assert torch.equal(*sparse)
+    assert not torch.equal(sparse[0], found)
 
 
 def test_a_new_sequence_starts_without_memory():

@@ -12,8 +12,9 @@ from heedful.attention import HiPMask
 from heedful.attention.hip.decode import HiPDecodeState
 from heedful.kernels.hip.exact import products
 
-# Latest keys by which a batch row is known again after beam search has reordered the cache.
-TAIL = 4
+# Latest keys by which a batch row is known again after beam search has reordered the cache. In the first layer a key says
+# no more than its token and position, and beams share tokens: those back to where the choice was made should differ.
+TAIL = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,23 +57,23 @@ class DeviceChoice:
 
     Attributes:
         state: The operator's `HiPDecodeState`.
-        latest: `(B, D)`, the first key head's key of the token that was last, by which a row is known again.
+        latest: `(B, TAIL, D)`, the first key head's keys of the tokens that were last, by which a row is known again.
         counts: int64 `(3,)`: keys read, keys visible, refreshes; those of the layer's `Tally`, to which this adds.
     """
 
     def __init__(self, state: HiPDecodeState, key: Tensor, counts: Tensor) -> None:
         self.state, self.counts = state, counts
-        self.latest = torch.full_like(key[:, 0, 0], torch.nan)
+        self.latest = key.new_full((len(key), TAIL, key.shape[3]), torch.nan)
 
     @torch.no_grad()
     def recognise(self, key: Tensor, lengths: Tensor) -> None:
         """Gives each row the choice of the row that it continues; a row that continues none has none."""
-        before = _token(key, lengths - 2)
-        same = (before[:, None] == self.latest).all(-1)  # (B, B)
+        before = _latest(key, lengths - 1)
+        same = (before[:, None] == self.latest).flatten(2).all(-1)  # (B, B)
         if len(same) > 1:
             self.state.reorder((2 * same + torch.eye(len(same), device=same.device)).argmax(1))
         self.state.chosen_at.masked_fill_(~same.any(1)[:, None], -1)
-        self.latest.copy_(_token(key, lengths - 1))
+        self.latest.copy_(_latest(key, lengths))
 
     @torch.no_grad()
     def count(self, lengths: Tensor, first_real: Tensor, chosen_before: Tensor) -> None:
@@ -86,9 +87,10 @@ class DeviceChoice:
         self.counts.add_(torch.stack((read.sum() * state.heads, visible.sum() * state.heads, refreshed)))
 
 
-def _token(key: Tensor, slots: Tensor) -> Tensor:
-    """The first key head's keys at one slot of each row: `(B, D)`."""
-    return key[:, 0].gather(1, slots.clamp(min=0)[:, None, None].expand(-1, 1, key.shape[3]))[:, 0]
+def _latest(key: Tensor, lengths: Tensor) -> Tensor:
+    """The first key head's keys of the last tokens of rows of these lengths: `(B, TAIL, D)`."""
+    slots = (lengths[:, None] + torch.arange(-TAIL, 0, device=key.device)).clamp(min=0)
+    return key[:, 0].gather(1, slots[..., None].expand(-1, -1, key.shape[3]))
 
 
 @dataclasses.dataclass
