@@ -63,6 +63,17 @@ def test_prompt_of_one_token_and_a_frequent_token_zero():
     assert torch.equal(heedful.generate(model, ids, Medusa.for_model(model), **GREEDY).sequences, reference)
 
 
+def test_a_vocabulary_smaller_than_the_trees_ranks():
+    model = build("llama", vocab_size=7, dtype=torch.float64)
+    ids = torch.tensor([[5, 6, 3, 2]])
+    drafter = Medusa.for_model(model, max_nodes=63)
+    result = heedful.generate(model, ids, drafter, **GREEDY)
+    assert torch.equal(result.sequences, model.generate(ids, **GREEDY))
+    tokens = drafter.drafted.fill(torch.tensor([5]), torch.arange(4 * 7).view(1, 4, 7))
+    expected = [5, *(7 * (len(path) - 1) + min(path[-1], 6) for path in drafter.drafted.paths)]
+    assert tokens[0].tolist() == expected
+
+
 def test_the_default_tree():
     assert len(MC_SIM_7B_63) == 63
     assert [sum(len(path) == depth for path in MC_SIM_7B_63) for depth in (1, 2, 3, 4)] == [10, 28, 23, 2]

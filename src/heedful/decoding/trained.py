@@ -153,7 +153,11 @@ class RankTree:
         return len(self.parents)
 
     def fill(self, roots: Tensor, candidates: Tensor) -> Tensor:
-        """Tokens ``(B, n)`` for ``roots (B,)`` and ``candidates (B, steps, ranks)``, best first."""
+        """Tokens ``(B, n)`` for ``roots (B,)`` and ``candidates (B, steps, ranks)``, best first.
+
+        Where a tiny vocabulary has fewer ranks than the tree, the last one stands in for the others."""
+        if (missing := self.ranks - candidates.shape[2]) > 0:
+            candidates = torch.cat([candidates, candidates[:, :, -1:].expand(-1, -1, missing)], dim=2)
         flat = candidates[:, :, : self.ranks].flatten(1)
         places = self.places.to(flat.device)
         return torch.cat([roots[:, None], flat[:, places]], dim=1)

@@ -196,6 +196,14 @@ def train_drafter(
     Under ``accelerate launch`` the rows of each batch are shared among the processes: the losses are those of one process. A
     run that was killed goes on from its last checkpoint when called again with the same arguments.
 
+    Example:
+        >>> import heedful
+        >>> from heedful.decoding import Medusa
+        >>> from heedful.training import train_drafter
+        >>> model, tokenizer = heedful.zoo.load("classics-20m")
+        >>> drafter = Medusa.for_model(model, num_heads=3)
+        >>> train_drafter(drafter, model, tokenizer, "text.txt", "runs/heads", steps=300)  # doctest: +SKIP
+
     Args:
         drafter: what is trained, by its `loss`; in float32 (a GPU computes in bfloat16 by autocast).
         model: the target; frozen, unless ``joint_groups``.

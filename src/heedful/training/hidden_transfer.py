@@ -33,13 +33,31 @@ def train_hidden_transfer(
 ) -> Path:
     """Trains Hidden Transfer's maps on the frozen model, calibrates the tree on its own text, and writes the folder.
 
+    Example:
+        >>> import heedful
+        >>> from heedful.decoding import HiddenTransfer
+        >>> from heedful.training import train_hidden_transfer
+        >>> model, tokenizer = heedful.zoo.load("classics-20m")
+        >>> out = train_hidden_transfer(model, tokenizer, "text.txt", "runs/maps", steps=300)  # doctest: +SKIP
+        >>> drafter = HiddenTransfer.from_pretrained(out)  # doctest: +SKIP
+
     Args:
         model, tokenizer: the target. data: a file of text, or its `PackedRows`. out: result folder.
         drafter: to begin with; default: identity maps with ``num_transfer_steps``, ``transfer_layers`` and ``source``.
         hard_labels: cross-entropy of the text instead of the divergence from the model.
-        steps, batch_size, length, lr, seed: of the training. A row costs ``num_transfer_steps`` rows in the upper layers.
+        steps, batch_size, length, lr, seed: of the training.
         max_nodes: of the calibrated tree. calibration_rows: rows of 128 tokens it is measured on; 0 keeps the default tree.
         **options: of `train_drafter`.
+
+    Returns:
+        ``out``, which `HiddenTransfer.from_pretrained` loads.
+
+    Raises:
+        ValueError: a model without decoder layers in ``layers``, or whose cache keeps compressed keys; what `train_drafter` raises.
+
+    Cost:
+        A step is a forward of the model, and one of ``num_transfer_steps`` rows for each of its rows through the layers above
+        the first transfer, with the backward pass; attention there is recomputed in the backward pass.
     """
     rows = rows_of(data, tokenizer, length, seed)
     drafter = drafter or HiddenTransfer.for_model(

@@ -34,6 +34,15 @@ def train_longspec(
     the model, 32,768 at most) at 5e-6, beginning with the block of stage 1 (``drafter=``). AdamW, betas 0.9 and 0.95, weight
     decay 0.1, clip 1.0, 10 % warm-up, cosine.
 
+    Example:
+        >>> import heedful
+        >>> from heedful.decoding import LongSpec
+        >>> from heedful.training import train_longspec
+        >>> model, tokenizer = heedful.zoo.load("classics-20m")
+        >>> out = train_longspec(model, tokenizer, "text.txt", "runs/block", steps=300)  # doctest: +SKIP
+        >>> more = LongSpec.from_pretrained(out)  # doctest: +SKIP
+        >>> train_longspec(model, tokenizer, "books.txt", "runs/long", stage=2, drafter=more)  # doctest: +SKIP
+
     Args:
         model, tokenizer: the target. data: a file of text, or its `PackedRows`. out: result folder.
         stage: 1 or 2. drafter: to begin with; default in stage 1: an untrained block.
@@ -42,6 +51,17 @@ def train_longspec(
         calibration_rows: prompts of 64 tokens on which shapes of trees are measured, so that the drafter fits its tree to a device;
             0: none.
         **options: of `train_drafter`.
+
+    Returns:
+        ``out``, which `LongSpec.from_pretrained` loads.
+
+    Raises:
+        ValueError: an unknown stage, stage 2 without a block, a model whose cached keys LongSpec cannot read; what `train_drafter`
+            raises.
+
+    Cost:
+        A step is a forward of the model and of one block, with the block's backward pass; ``B T V`` logits in float32 are most of
+        its memory at short lengths.
     """
     if stage not in (1, 2):
         raise ValueError(f"stage must be 1 (short texts) or 2 (long ones), got {stage}")

@@ -47,8 +47,17 @@ def train_medusa(
 
     Stage 1 (Medusa-1): the model is frozen; loss ``0.2 sum_k 0.8^k CE_k`` (or ``weighting="equal"``: the plain sum).
     Stage 2 (Medusa-2): the model gets LoRA (r = 32, alpha = 16, dropout 0.05) on all its linear layers and its output head
-    (unless that is tied to the embedding), the heads learn at four times its rate, and the loss is ``L_LM + w(t) sum_k 0.8^k CE_k``; the merged model goes to ``out/model``. Begin it with the
-    heads of stage 1 (``drafter=``). Its output is that of the tuned model, not of the one it began with.
+    (unless that is tied to the embedding), the heads learn at four times its rate, and the loss is
+    ``L_LM + w(t) sum_k 0.8^k CE_k``; the merged model goes to ``out/model``. Begin it with the heads of stage 1 (``drafter=``).
+    Its output is that of the tuned model, not of the one it began with.
+
+    Example:
+        >>> import heedful
+        >>> from heedful.decoding import Medusa
+        >>> from heedful.training import train_medusa
+        >>> model, tokenizer = heedful.zoo.load("classics-20m")
+        >>> out = train_medusa(model, tokenizer, "text.txt", "runs/heads", steps=300)  # doctest: +SKIP
+        >>> drafter = Medusa.from_pretrained(out)  # doctest: +SKIP
 
     Args:
         model, tokenizer: the target.
@@ -62,6 +71,16 @@ def train_medusa(
         distill: stage 2's L_LM is the divergence from the model with its LoRA switched off, instead of cross-entropy.
         max_nodes: of the calibrated tree. calibration_rows: rows of 128 tokens it is measured on; 0 keeps the default tree.
         **options: of `train_drafter`: ``checkpoint_every``, ``resume``, ``progress``...
+
+    Returns:
+        ``out``, which `Medusa.from_pretrained` loads.
+
+    Raises:
+        ValueError: an unknown stage, weighting or schedule, and what `train_drafter` raises.
+
+    Cost:
+        A step is a forward of the model and of the heads, forward and backward; ``K B T V`` logits in float32 are most of its
+        memory. In stage 2 the model runs backward too, with ``distill`` forward twice.
     """
     if stage not in (1, 2):
         raise ValueError(f"stage must be 1 (heads on a frozen model) or 2 (heads and model together), got {stage}")
