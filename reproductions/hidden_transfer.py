@@ -5,7 +5,7 @@ after the last layer (a linear head without refinement). Compared, on the model'
 often each step's first candidate is the model's own token, tokens a step, trainable parameters, rows a step. For the default
 layers also how close pseudo states come to the real ones, layer by layer.
 
-    python reproductions/hidden_transfer.py [--steps 150] [--device cuda] [--processes 4] [--quick] [--out FILE]
+    python reproductions/hidden_transfer.py [--steps 100] [--device cuda] [--processes 4] [--quick] [--out FILE]
 
 What is there is recorded after every variant, marked as incomplete until all have run.
 """
@@ -146,7 +146,7 @@ def run(name: str, device: str, steps: int, text: Path, work: Path) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four variants, 20 steps, few continuations")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--processes", type=int, help="variants trained side by side. Default: 4 on a GPU, else 1")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--data", type=Path, default=DATA)
