@@ -42,7 +42,7 @@ def training_text(work: Path, data: Path, device: str, own_rows: int, characters
 def held_out_rows(tokenizer: Any, number: int, length: int) -> Tensor:
     """Rows ``(number, length)`` of the second half of the zoo's excerpt, which nothing was trained on; BOS first."""
     text = zoo.excerpt()
-    stream = torch.tensor(tokenizer(text[len(text) // 2 :], add_special_tokens=False)["input_ids"])
+    stream = torch.tensor(tokenizer(text[len(text) // 2 :], add_special_tokens=False, verbose=False)["input_ids"])
     starts = [i * (len(stream) - length) // max(1, number - 1) for i in range(number)]
     first = torch.tensor([tokenizer.bos_token_id])
     return torch.stack([torch.cat([first, stream[start : start + length - 1]]) for start in starts])

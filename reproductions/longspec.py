@@ -58,7 +58,7 @@ def long_rows(tokenizer: Any, data: Path, number: int, length: int) -> Tensor:
     for i in range(number):
         text = texts[i % len(texts)]
         start = len(text) // 4 + (i // len(texts)) * 40_000
-        rows.append(tokenizer(text[start : start + 8 * length]).input_ids[:length])
+        rows.append(tokenizer(text[start : start + 8 * length], verbose=False).input_ids[:length])
     return torch.tensor([row for row in rows if len(row) == length])
 
 

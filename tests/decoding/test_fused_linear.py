@@ -110,6 +110,16 @@ def test_kernels_under_the_interpreter():
             x = x.half()
             x[..., 1::2] *= -1.0  # ties, of both zeros too
             assert torch.equal(row_argmax(x), x.argmax(-1))
+        from heedful.decoding.move_rows import RowMover
+        tensors = [torch.randn(2, 3, 40, 24) for _ in range(3)]
+        before = [t.clone() for t in tensors]
+        sources = torch.tensor([[10, 12, 13, 19, 19], [7, 8, 9, 10, 10]])
+        targets = torch.tensor([[10, 11, 12, 13, 14], [8, 9, 10, 11, 12]])  # ranges overlap
+        RowMover(tensors)(sources, targets)
+        batch = torch.arange(2)[:, None]
+        for moved, want in zip(tensors, before):
+            want[batch, :, targets] = want[batch, :, sources]
+            assert torch.equal(moved, want)
         print("fine")
     """
     run = subprocess.run(

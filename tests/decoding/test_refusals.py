@@ -154,6 +154,8 @@ def test_right_padding_and_streamer_in_a_batch():
 def test_what_is_no_prompt(given, message):
     with pytest.raises(ValueError, match=message):
         heedful.generate(build("llama"), given, max_new_tokens=4)
+    with pytest.raises(TypeError, match="model of transformers"):
+        heedful.generate("classics-20m", torch.tensor([[5]]))
 
 
 class Wrong(Drafter):

@@ -97,6 +97,10 @@ def generate(
             streamer or a processor with state at batch size > 1. The message names the remedy.
     """
     run = _Run(drafter, streamer, acceptance, engine, compile, posterior_threshold, posterior_alpha)
+    if not isinstance(_unwrapped(model), PreTrainedModel):
+        raise TypeError(
+            f"model must be a model of transformers (heedful.zoo.load gives one), got {type(model).__name__}"
+        )
     check_prompt(input_ids)
     check_call(kwargs)
     check_model(_unwrapped(model))
@@ -225,7 +229,7 @@ class _Run:
         return Engine
 
 
-def _unwrapped(model: Any) -> PreTrainedModel:
+def _unwrapped(model: Any) -> Any:
     """The model inside torch.compile and PEFT wrappers: the one whose generate runs."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
