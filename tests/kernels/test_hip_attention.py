@@ -149,6 +149,17 @@ def test_a_static_cache_keeps_the_same_choices_on_the_device(family, interval):
         assert mine == theirs
 
 
+@pytest.mark.parametrize(("method", "trained_length"), [(None, None), ("center", 40)])
+def test_a_choice_outlives_the_buffers_that_a_growing_cache_makes_too_small(method, trained_length):
+    model, ids = build("llama"), tokens(length=61)  # the buffers grow at 64
+    arguments = {**SMALL, "mask_refresh_interval": 5, "decode_sample_method": method, "trained_length": trained_length}
+    dynamic, static = HiPAttention(**arguments), HiPAttention(**arguments)
+    found = greedy(model, dynamic, input_ids=ids)
+    expected = greedy(model, static, input_ids=ids, cache_implementation="static")
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), atol=2e-4, rtol=1e-4)
+    assert dynamic.summary(1)["refreshes"] == static.summary(1)["refreshes"] == 2
+
+
 @torch.no_grad()
 def test_a_static_cache_that_is_used_again_starts_without_memory():
     model = build("llama")

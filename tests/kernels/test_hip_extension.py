@@ -128,10 +128,12 @@ def test_prefill_is_its_definition():
 
 
 @pytest.mark.parametrize("refresh", [1, 3])
-@pytest.mark.parametrize(("softcap", "method"), [(None, "center"), (2.0, "first"), (None, "oracle")])
-def test_decoding_is_the_prefill_of_a_block_of_one(refresh, softcap, method):
+@pytest.mark.parametrize(
+    ("softcap", "method", "window"), [(None, "center", 9), (2.0, "first", 9), (None, "oracle", 9), (None, "center", 0)]
+)
+def test_decoding_is_the_prefill_of_a_block_of_one(refresh, softcap, method, window):
     rotation, _, _, query, key, value, mask, offset = rotated()
-    sizes = {"top_k": 6, "sliding_window": 9, "num_sink_tokens": 2, "block_size_k": 2}
+    sizes = {"top_k": 6, "sliding_window": window, "num_sink_tokens": 2, "block_size_k": 2}
     sinks = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64)
     state = HiPDecodeState(2, 4, 64, **sizes)
     given = {"scale": 8**-0.5, "softcap": softcap, "sink_logits": sinks}

@@ -424,15 +424,16 @@ class HiPAttention(Kernel):
         known: dict[Any, DeviceChoice] = self._choices.setdefault(call.cache, {}) if static else call.memory
         choice = known.get(call.layer)
         batch, heads, capacity = len(key), call.query.shape[1], key.shape[2]
-        fits = choice is not None and (choice.state.batch, choice.state.heads) == (batch, heads)
-        if choice is None or not fits or choice.state.max_length < capacity or choice.latest.dtype != key.dtype:
+        if choice is not None and not choice.fits(batch, heads, key.dtype):
+            choice = None
+        if choice is None or choice.state.max_length < capacity:
             room = capacity if static else 1 << capacity.bit_length()
             names = ("top_k", "block_size_k", "block_stride_k", "num_sink_tokens", "head_group_size")
             sizes = {name: self.arguments[name] for name in names}
             with torch.inference_mode(False):  # they may outlive the mode
                 state = HiPDecodeState(batch, heads, room, sliding_window=self._window, device=key.device, **sizes)
-                choice = known[call.layer] = DeviceChoice(state, key, tally.counts(key.device))
-        return choice
+                known[call.layer] = DeviceChoice(state, key, tally.counts(key.device), choice)
+        return known[call.layer]
 
     # ---- masks
 

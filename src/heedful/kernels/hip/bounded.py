@@ -251,7 +251,7 @@ def attend(
     rows, count, device = mask.block_size_q, mask.blocks.shape[2], query.device
     sinks = mask.first_slot[:, None] + torch.arange(mask.num_sink_tokens, device=device)
     sinks = only_real(sinks, mask.attention_mask, keys)[:, None, None]
-    width = mask.sliding_window + rows - 1
+    width = max(1, mask.sliding_window + rows - 1)
     places = mask.num_sink_tokens + mask.blocks.shape[3] * mask.block_size_k
     work = batch * heads * ((places + width) * rows + 3 * places * key.shape[3])
     step = max(1, (_CHUNK_ELEMENTS if device.type == "cpu" else _CHUNK_ELEMENTS_GPU) // work)
@@ -321,7 +321,8 @@ def decode(
         chosen = _choose(query, key, lengths, state, first_real, offset, rotation, beyond, here, sample_method, stages)
     renew(state, chosen, renewed, lengths)
 
-    slots, visible = _slots(state, lengths, first_real, min(state.sliding_window + refresh_interval - 1, key.shape[2]))
+    reach = min(max(1, state.sliding_window + refresh_interval - 1), key.shape[2])
+    slots, visible = _slots(state, lengths, first_real, reach)
     places = state.num_sink_tokens + state.nodes * state.block_size_k
     slots = torch.where(visible, slots, (lengths - 1)[:, None, None]).unflatten(1, (kv_heads, -1))
     visible = visible.unflatten(1, (kv_heads, -1))[..., None, :]

@@ -61,9 +61,18 @@ class DeviceChoice:
         counts: int64 `(3,)`: keys read, keys visible, refreshes; those of the layer's `Tally`, to which this adds.
     """
 
-    def __init__(self, state: HiPDecodeState, key: Tensor, counts: Tensor) -> None:
+    def __init__(self, state: HiPDecodeState, key: Tensor, counts: Tensor, smaller: DeviceChoice | None = None) -> None:
+        """`smaller`: The choice so far, of a state with less room."""
         self.state, self.counts = state, counts
         self.latest = key.new_full((len(key), TAIL, key.shape[3]), torch.nan)
+        if smaller is not None:
+            state.blocks[..., : smaller.state.nodes] = smaller.state.blocks
+            state.chosen_at.copy_(smaller.state.chosen_at)
+            state.refreshes.copy_(smaller.state.refreshes)
+            self.latest.copy_(smaller.latest)
+
+    def fits(self, batch: int, heads: int, dtype: torch.dtype) -> bool:
+        return (self.state.batch, self.state.heads, self.latest.dtype) == (batch, heads, dtype)
 
     @torch.no_grad()
     def recognise(self, key: Tensor, lengths: Tensor) -> None:
