@@ -245,11 +245,16 @@ def test_gradients_on_cuda():
 
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generate_on_cuda(cache):
+@pytest.mark.parametrize(
+    "more", [{}, {"trained_length": 40}, {"trained_length": 40, "stages": [(8, 2, 8, None), (8, 1, 4, 24)]}]
+)
+def test_generate_on_cuda(cache, more):
     model = build("llama").cuda()
-    ids = torch.randint(5, 80, (2, 60), generator=torch.Generator().manual_seed(0)).cuda()
+    g = torch.Generator().manual_seed(0)  # each token once: keys of one token tie where positions are bounded
+    ids = torch.stack([5 + torch.randperm(80, generator=g)[:60] for _ in range(2)]).cuda()
     options = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
-    part = HiPAttention(top_k=12, block_size_q=8, sliding_window=8, num_sink_tokens=2, mask_refresh_interval=3)
+    sizes = {"top_k": 12, "block_size_q": 8, "sliding_window": 8, "num_sink_tokens": 2, "mask_refresh_interval": 3}
+    part = HiPAttention(**sizes, **more)
     with attach(model, part):
         on_cuda = model.generate(ids, do_sample=False, max_new_tokens=8, **options)
     model = model.cpu()

@@ -20,6 +20,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = [
     *[(BF16, 128, *case) for case in ((1, 1, 3300), (4, 1, 3300), (4, 16, 3300), (4, 21, 3300), (1, 128, 3300))],
     *[(BF16, dim, 8, 64, capacity) for dim in (64, 128, 256) for capacity in (700, 3300)],
+    *[(BF16, dim, 4, 16, 3300) for dim in (16, 32)],
     *[(FP16, 128, 4, 16, 3300), (FP16, 64, 8, 64, 3300), (FP32, 64, 4, 16, 3300), (FP32, 128, 8, 64, 700)],
 ]
 

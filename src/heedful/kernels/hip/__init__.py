@@ -388,10 +388,10 @@ class HiPAttention(Kernel):
                     renew(choice.state, blocks, renewed, lengths)
             output = hip_decode(query, key, value, lengths, choice.state, impl=self.arguments["impl"], **given)
         else:
-            if call.module not in self._rotations:
-                self._rotation(call)
+            rotation = self._rotations.get(call.module)
+            if rotation is None or rotation.frequencies.device != query.device:
+                rotation = self._rotation(call)
             offset = bounded.place(call) - (lengths - 1)
-            rotation = self._rotations[call.module]
             output = bounded.decode(
                 query, key, value, lengths, choice.state, offset, rotation, self.trained_length,
                 sample_method=self._decode_method(call), stages=self.arguments["stages"], **given,
