@@ -75,20 +75,28 @@ def _model_folder(name: str) -> str:
     return name
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    """Model (eval mode, float32 on the CPU, bfloat16 on a GPU) and tokenizer."""
+def _load(name: str, landmarks: bool = False) -> tuple[Any, Any]:
+    """Model (eval mode, float32 on the CPU, bfloat16 on a GPU) and tokenizer; `landmarks`: whether it may be a landmark model."""
     folder = _model_folder(name)
     import torch
     import transformers
 
-    import heedful.layers.moh  # noqa: F401 (converted models name its attention)
+    import heedful.layers.moh  # converted models name its attention
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        load: Any = transformers.AutoModelForCausalLM.from_pretrained
+        if getattr(transformers.AutoConfig.from_pretrained(folder), "landmark", None) is not None:
+            if not landmarks:  # AutoModelForCausalLM would leave them out, silently
+                raise BadInput(
+                    f"{name} is a landmark model, which only `heedful train landmark` takes: in Python, "
+                    f"heedful.layers.load_landmark({name!r}).generate(...)"
+                )
+            load = heedful.layers.load_landmark
+        model = load(folder, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise BadInput(f"cannot load the model {name}: {_first_line(error)}") from error
@@ -445,7 +453,7 @@ def _train(name: str, model: str, data: Path, out: Path, begin: Path | None = No
             raise BadInput(f"{begin} holds a {kind} drafter, not a {name} one")
     from heedful import decoding, training
 
-    loaded, tokenizer = _load(model)
+    loaded, tokenizer = _load(model, landmarks=name == "landmark")
     loaded.float()
     try:
         if begin is not None:

@@ -171,7 +171,25 @@ def test_causal_rows_apart_padding_and_nan():
     got = landmark_attention(query, key, value, marks)
     assert torch.isnan(got[0, :, 20:23]).all()
     assert torch.isnan(got[0, :, 24:]).all()
+    assert torch.equal(got[0, :, :20], out[0, :, :20])
     assert torch.equal(got[1], out[1])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_bad_value_stays_behind(bad):
+    """It makes every row from its own on NaN, and no earlier one of the same block of rows; not at a landmark, nor in padding."""
+    query, key, value = tensors(2, 4, 2, 40, 4, torch.Generator().manual_seed(0), torch.float32)
+    marks, mask = torch.arange(40) % 8 == 7, torch.arange(40).expand(2, -1) < 36
+    want = landmark_attention(query, key, value, marks, attention_mask=mask)
+    value[:, :, 23], value[:, :, 37] = bad, bad  # a landmark, padding
+    assert torch.equal(landmark_attention(query, key, value, marks, attention_mask=mask), want)
+    value[0, 1, 20, 2] = bad
+    got = landmark_attention(query, key, value, marks, attention_mask=mask)
+    assert got[0, 2:, 20:36].isnan().all()
+    assert torch.equal(got[0, 2:, :20], want[0, 2:, :20])
+    assert not got[0, 2:, 36:].any()
+    assert torch.equal(got[0, :2], want[0, :2])
+    assert torch.equal(got[1], want[1])
 
 
 def test_dtypes_autocast_and_compile():
@@ -235,10 +253,31 @@ def test_kernels_under_the_interpreter():
                 for a, b in zip(got, exact):
                     error = (a.double() - b).norm() / b.norm().clamp(min=0.1)
                     assert error < bound, (dtype, length, size, float(error))
+        # What is not finite shows in the rows that see it, and in no earlier one, whatever tile it is in.
+        tensors = [torch.randn(1, 1, 100, 16, generator=g) for _ in range(3)]
+        for n in (8, 26, 90):
+            clean = landmark_attention(*tensors, every(100, n), impl="triton")[0, 0]
+            for which in range(3):
+                for bad in (torch.nan, torch.inf) if which else (torch.nan,):
+                    broken = [x.clone() for x in tensors]
+                    broken[which][0, 0, 40, 3 if which == 2 else slice(None)] = bad
+                    got = landmark_attention(*broken, every(100, n), impl="triton")[0, 0]
+                    assert torch.equal(got[:40], clean[:40]), (n, which)
+                    if which == 0:
+                        assert got[40].isnan().all() and torch.equal(got[41:], clean[41:]), n
+                    elif bad != torch.inf or which == 2:  # a score of -inf is no weight
+                        assert not got[40:].isfinite().any(), (n, which)
         x = torch.zeros(0, 1, 5, 16)
         assert landmark_attention(x, x, x, every(5, 2), impl="triton").shape == x.shape
         q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
-        torch.library.opcheck(kernels.landmark_attention_op, (q, k, v, every(20, 6).expand(1, -1), None, 0.25))
+        marks = every(20, 6).expand(1, -1)
+        torch.library.opcheck(kernels.landmark_attention_op, (q, k, v, marks, None, 0.25))
+        q, k, v = (x.detach() for x in (q, k, v))
+        out, lse = kernels.landmark_attention_op(q, k, v, marks, None, 0.25)
+        torch.library.opcheck(
+            kernels.landmark_attention_backward_op, (q, k, v, marks, None, 0.25, out, lse, torch.ones_like(out)),
+            test_utils=("test_schema", "test_faketensor"),
+        )
         print("fine")
     """
     run = subprocess.run(

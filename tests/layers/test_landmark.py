@@ -149,6 +149,16 @@ def test_distances_stay_within_training():
     assert torch.allclose(*results, atol=1e-9)
 
 
+def test_rotary_frequencies_stay_float32():
+    layer = LandmarkAttention(32, 2, rope_theta=500.0)
+    want = 500.0 ** -(torch.arange(8) / 8)
+    for moved in (copy.deepcopy(layer).bfloat16(), copy.deepcopy(layer).double()):
+        assert torch.equal(moved.inv_freq, want)
+    with torch.device("meta"):
+        empty = LandmarkAttention(32, 2, rope_theta=500.0)
+    assert torch.equal(empty.to_empty(device="cpu").inv_freq, want)
+
+
 def test_cache_is_refused_what_it_cannot():
     for options in ({"block_size": 0}, {"top_k": 0}, {"retrieval": "best"}, {"positions": "far"}):
         with pytest.raises(ValueError):
@@ -224,6 +234,28 @@ def test_landmarks_are_where_they_should_be():
     ]  # chunks of a block; a landmark goes with the token before it
 
 
+def test_positions_stay_within_training_from_turn_to_turn(monkeypatch):
+    """A text that goes on behind an unfinished block, in several chunks; a row's chunks do not depend on the other's."""
+    model, highest, x = landmark_model(train_length=24), [], ids(2, 70)
+    begin = LandmarkCache.begin
+
+    def watch(*args):
+        step = begin(*args)
+        highest.append(int(step.positions.max()))
+        return step
+
+    monkeypatch.setattr(LandmarkCache, "begin", watch)
+    mask = torch.ones(2, 70, dtype=torch.long)
+    mask[1, :4] = 0
+    cache, alone = LandmarkCache(3, 2), LandmarkCache(3, 2)
+    with torch.no_grad():
+        for a, b in ((0, 17), (17, 70)):
+            got = model(x[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+            want = model(x[1:, max(4, a) : b], past_key_values=alone).logits
+            assert torch.allclose(got[1:, max(4, a) - a :], want, atol=2e-5)
+    assert max(highest) == 23
+
+
 def test_beam_search_and_errors_of_generation():
     model = landmark_model()
     beams = model.generate(ids(), num_beams=3, max_new_tokens=5, min_new_tokens=5)
@@ -234,6 +266,8 @@ def test_beam_search_and_errors_of_generation():
         model(ids(), past_key_values=LandmarkCache(5))
     with pytest.raises(ValueError, match="padding mask"):
         model(ids(), attention_mask=torch.ones(2, 1, 30, 30))
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids(), position_ids=torch.arange(30)[None] % 15, use_cache=True)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="knows no landmarks"):
         model(ids())

@@ -122,6 +122,11 @@ def test_trains_under_the_trainer(tmp_path):
     assert model.eval()(row[None], labels=row[None]).loss.item() < before / 2
 
 
+def test_nothing_gives_nothing(model):
+    for shape in ((0, 5), (2, 0)):
+        assert model(torch.zeros(shape, dtype=torch.long)).logits.shape == (*shape, 61)
+
+
 def test_wrong_use_is_refused(model, ids):
     with pytest.raises(ValueError, match="padding mask"):
         model(ids, attention_mask=torch.ones(2, 1, 23, 23))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import build
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import heedful
@@ -70,6 +71,11 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
         assert torch.allclose(value, parts[name], atol=1e-6), name
     with pytest.raises(ValueError, match=r"multiple|at least"):
         train_landmark(build("llama"), Words(), Copies(), tmp_path / "x", steps=0, **OPTIONS)
+    with pytest.raises(ValueError, match=r"model\.float\(\)"):
+        train_landmark(build("llama").bfloat16(), Words(), Copies(), tmp_path / "x", steps=1, **OPTIONS)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")  # its landmarks are not at work
+    with pytest.raises(ValueError, match="load_landmark"):
+        train_landmark(plain, Words(), Copies(), tmp_path / "x", steps=1, **OPTIONS)
     with pytest.raises(ValueError, match="no training text"):
         train_landmark(build("llama"), Words(), tmp_path / "none.txt", tmp_path / "y", steps=2, **OPTIONS)
 
@@ -102,6 +108,8 @@ def test_the_command(tmp_path):
     assert result.exit_code == 0, result.output
     model = load_landmark(tmp_path / "out")
     assert model.config.landmark["block_size"] == 7
+    result = CliRunner().invoke(app, ["generate", "It was", "--model", str(tmp_path / "out"), "--drafter", "none"])
+    assert "load_landmark" in str(result.exception)  # not the plain model, silently
     assert heedful.zoo.names()
 
 

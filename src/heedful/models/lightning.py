@@ -183,7 +183,7 @@ class LightningModel(LightningPreTrainedModel):
             if use_cache or past_key_values is not None:
                 raise ValueError("packed documents leave a state each: give use_cache=False and no past_key_values")
             use_cache = False
-            x = x.reshape(1, batch * length, -1)
+            x = x.reshape(1, batch * length, x.shape[-1])
         if self.gradient_checkpointing and self.training:
             use_cache = False  # a block that runs twice must not move its state twice
         if use_cache is None:
@@ -199,9 +199,9 @@ class LightningModel(LightningPreTrainedModel):
                 )
         states: tuple[Tensor, ...] | None = () if output_hidden_states else None
         for layer, cache in zip(self.layers, caches, strict=True):
-            states = None if states is None else (*states, x.view(batch, length, -1))
+            states = None if states is None else (*states, x.view(batch, length, x.shape[-1]))
             x = layer(x, attention_mask=attention_mask, cu_seqlens=documents, cache=cache)
-        x = self.norm(x).view(batch, length, -1)
+        x = self.norm(x).view(batch, length, x.shape[-1])
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.layers.landmark import convert_to_landmark
+from heedful.layers.landmark.convert import is_landmark_model
 from heedful.training.drafting import PackedRows, _bar, read_pieces, schedule
 
 
@@ -106,7 +107,7 @@ def train_landmark(
             `batch(step, places)`: ids `(n, T)` for the places of a step's batch, or `(ids, weights)`, where a token's
             weight counts in the mean of the loss (0: not trained).
         out: Result folder; `out/training` holds the checkpoint and `log.jsonl`.
-        block_size, landmark_token_id, top_k: See `convert_to_landmark`.
+        block_size, landmark_token_id, top_k: See `convert_to_landmark`. A model that has landmarks keeps its own.
         steps: Optimiser steps. batch_size: Rows of a step, over all processes.
         length: Positions of a row, landmarks counted: `length - length // (block_size + 1)` tokens.
         lr, betas, weight_decay, warmup, clip: Of AdamW (decay on matrices alone); warm-up as a share of the steps, then
@@ -119,7 +120,7 @@ def train_landmark(
         `out`, which `heedful.layers.load_landmark` loads.
 
     Raises:
-        ValueError: If the model cannot have landmarks, there is no text or too little, `batch_size` is not a multiple of the
+        ValueError: If the model is not in float32 or cannot have landmarks, there is no text or too little, `batch_size` is not a multiple of the
             processes, or a checkpoint is of a run with other arguments.
 
     Cost:
@@ -141,7 +142,9 @@ def train_landmark(
         raise ValueError(f"batch_size={batch_size} is not a multiple of the {accelerator.num_processes} processes")
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if getattr(model.config, "landmark", None) is None:
+    if model.dtype != torch.float32:
+        raise ValueError(f"the model is {model.dtype}, in which small updates are lost: give model.float()")
+    if not is_landmark_model(model):
         model = convert_to_landmark(
             model, block_size, landmark_token_id=landmark_token_id, top_k=top_k, train_length=length
         )

@@ -57,6 +57,10 @@ def _rows(
     kv_heads, keys = key.shape[1:3]
     exact = torch.float64 if query.dtype == torch.float64 else torch.float32
     real_row = (token | mark)[:, None, -rows:, None]
+    # All later rows attend to a token, and no earlier one does, whose weight of 0 would make a NaN of its NaN.
+    bad = token[:, None] & ~value.isfinite().all(3)
+    poisoned = (bad.cumsum(2) > 0)[:, :, -rows:].repeat_interleave(heads // kv_heads, 1)[..., None] & real_row
+    value = value.masked_fill(bad[..., None], 0.0)
     query = torch.where(real_row, query, 0.0).to(exact)
     # What is not read may be anything, NaN too.
     key = torch.where((token | mark)[:, None, :, None], key, 0.0).to(exact).repeat_interleave(heads // kv_heads, 1)
@@ -92,4 +96,5 @@ def _rows(
 
     gates = empty.scatter_add(3, index, torch.where(gate, outer, 0.0))
     weights = torch.where(own, outer, 0.0) + gates.gather(3, index) * inner
-    return weights @ value, (total.log() + top).squeeze(3).detach()
+    output = weights @ value * torch.where(poisoned, torch.nan, 1.0).to(exact)
+    return output, (total.log() + top).squeeze(3).detach()

@@ -132,10 +132,12 @@ def _pack(
 
 @triton.jit(do_not_specialize=["length", "capacity"])
 def _prepare(
-    key, value, token_block, gate_of, keys, values, gate_keys, length, capacity,
+    key, value, token_block, gate_of, keys, values, gate_keys, first_bad, length, capacity,
     stride_key_b, stride_key_h, stride_key_t, stride_value_b, stride_value_h, stride_value_t,
     KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """The copies; also the first token whose value is not finite, which is copied as zeros: all rows from there on are NaN, and
+    no earlier one, whose weight of 0 would make a NaN of it."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
@@ -151,9 +153,13 @@ def _prepare(
     place = value + batch * stride_value_b + head * stride_value_h + wide[:, None] * stride_value_t + dims
     v = tl.load(place, mask=token[:, None], other=0.0)
     row = tl.program_id(1).to(tl.int64)
+    bad = tl.max((tl.abs(v.to(tl.float32)) < float("inf")).to(tl.int32) ^ 1, 1) > 0
+    first = tl.min(tl.where(bad, at, 2147483647), 0)
+    if first < 2147483647:
+        tl.atomic_min(first_bad + row, first, sem="relaxed")
     place = (row * length + wide)[:, None] * D + dims
     tl.store(keys + place, k, mask=inside[:, None])
-    tl.store(values + place, v, mask=inside[:, None])
+    tl.store(values + place, tl.where(bad[:, None], 0.0, v), mask=inside[:, None])
     tl.store(gate_keys + (row * capacity + gate)[:, None] * D + dims, k, mask=(gate >= 0)[:, None])
 
 
@@ -243,7 +249,7 @@ def _range_of_tile(
 
 @triton.jit(do_not_specialize=["length", "capacity"])
 def _forward(
-    query, keys, values, gate_keys, real, token_block, row_block, block_first, block_end, gate_at, tile_first, tile_count,
+    query, keys, values, gate_keys, first_bad, real, token_block, row_block, block_first, block_end, gate_at, tile_first, tile_count,
     solo, multi, long_block, tiles_before, solos_before, longs_before, packed, output, lse, scale, length, capacity,
     stride_query_b, stride_query_h, stride_query_t,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -383,7 +389,9 @@ def _forward(
             top = new_top
 
     empty = (total == 0) | (is_real == 0)
-    acc = tl.where(empty[:, None], 0.0, acc / tl.where(empty, 1.0, total)[:, None])
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    poisoned = rows >= tl.load(first_bad + batch * (HEADS // GROUP) + kv_head)
+    acc = tl.where(empty[:, None], 0.0, tl.where(poisoned[:, None], float("nan"), acc))
     row_lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))  # nothing has a weight
     place = ((batch * length + rows) * HEADS + head) * D
     tl.store(output + place[:, None] + dims[None, :], acc.to(output.dtype.element_ty), mask=there[:, None])
@@ -425,7 +433,7 @@ def _long_logits(
     at = begin + tl.arange(0, BLOCK_N)
     k = _load_tile(keys, batch, kv_head, begin, D, BLOCK_N)
     mine = tl.load(token_block + at, mask=at < length, other=-1) == block
-    visible = mine[None, :] & (at[None, :] <= rows[:, None]) & (shift > float("-inf"))[:, None]
+    visible = mine[None, :] & (at[None, :] <= rows[:, None]) & (shift != float("-inf"))[:, None]  # a NaN shows
     logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale2
     return tl.where(visible, logits + shift[:, None], float("-inf"))
 
@@ -814,7 +822,8 @@ class _Config(NamedTuple):
 
 def _config(dim: int, dtype: torch.dtype) -> _Config:
     if dtype == torch.float32:  # "ieee" products run on the plain units, out of registers
-        tile = _Tile(32, 32, 4, 1) if dim <= 128 else _Tile(16, 16, 4, 1)
+        # Each thread holds whole rows: with larger tiles they spill, by kilobytes a thread, for which the driver sets memory aside.
+        tile = _Tile(32, 32, 8, 1) if dim <= 64 else _Tile(16, 16, 8, 1)
         return _Config(tile, tile, tile)
     if dim <= 128:
         return _Config(_Tile(64, 64, 4, 3), _Tile(64, 64, 4, 2), _Tile(128, 64, 8, 1))
@@ -860,18 +869,21 @@ def _make_plan(is_landmark: Tensor, real: Tensor | None, block_n: int) -> _Plan:
     return _Plan._make([*by_position, block_first, block_end, counts, *lists, packed])
 
 
-def _make_copies(key: Tensor, value: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values with zeros where they are not read, and the landmarks' keys by block."""
+def _make_copies(key: Tensor, value: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys and values with zeros where they are not read, the landmarks' keys by block, and the first token whose value is not
+    finite, int32 `(B, Hkv)`."""
     batch, kv_heads, length, dim = key.shape
     key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
     keys, values = (torch.empty((batch, kv_heads, length, dim), dtype=x.dtype, device=x.device) for x in (key, value))
     capacity = (length + 1) // 2  # a block has a token and a landmark at least
     gate_keys = torch.zeros((batch, kv_heads, capacity, dim), dtype=key.dtype, device=key.device)
-    _prepare[(triton.cdiv(length, 64), batch * kv_heads)](
-        key, value, plan.token_block, plan.gate_of, keys, values, gate_keys, length, capacity, *key.stride()[:3],
-        *value.stride()[:3], KV_HEADS=kv_heads, D=dim, BLOCK=64, num_warps=4,
+    first_bad = torch.full((batch, kv_heads), 2**31 - 1, dtype=torch.int32, device=key.device)
+    block = min(64, 8192 // dim)
+    _prepare[(triton.cdiv(length, block), batch * kv_heads)](
+        key, value, plan.token_block, plan.gate_of, keys, values, gate_keys, first_bad, length, capacity, *key.stride()[:3],
+        *value.stride()[:3], KV_HEADS=kv_heads, D=dim, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return keys, values, gate_keys
+    return keys, values, gate_keys, first_bad
 
 
 def _blocks(x: Tensor, size: int) -> TensorDescriptor:
@@ -908,9 +920,9 @@ def landmark_attention_op(
     real = None if attention_mask is None else attention_mask.contiguous().view(torch.uint8)
     tile = _config(dim, query.dtype).forward
     plan = _make_plan(is_landmark, real, tile.block_n)
-    keys, values, gate_keys = _make_copies(key, value, plan)
+    keys, values, gate_keys, first_bad = _make_copies(key, value, plan)
     _forward[(triton.cdiv(length, tile.block_m), heads, batch)](
-        query, _blocks(keys, tile.block_n), _blocks(values, tile.block_n), _blocks(gate_keys, SLOTS.value),
+        query, _blocks(keys, tile.block_n), _blocks(values, tile.block_n), _blocks(gate_keys, SLOTS.value), first_bad,
         plan.token_block if real is None else real, plan.token_block, plan.row_block, plan.block_first, plan.block_end,
         plan.gate_at, plan.tile_first, plan.tile_count, plan.solo, plan.multi, plan.long_block, plan.tiles_before, plan.solos_before,
         plan.longs_before, plan.packed, output, lse, scale, length, gate_keys.shape[2], *query.stride()[:3], **_options(query, key.shape[1], attention_mask, tile),
@@ -942,7 +954,7 @@ def landmark_attention_backward_op(
         config = _config(dim, query.dtype)
         tile = config.backward_rows
         plan = _make_plan(is_landmark, real, tile.block_n)
-        keys, values, gate_keys = _make_copies(key, value, plan)
+        keys, values, gate_keys, _ = _make_copies(key, value, plan)
         capacity = gate_keys.shape[2]
         descriptors = _blocks(keys, tile.block_n), _blocks(values, tile.block_n), _blocks(gate_keys, SLOTS.value)
         delta = torch.empty_like(lse)

@@ -421,6 +421,19 @@ class LandmarkCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return query_length, 0
 
+    def _check_batch(self, batch: int) -> None:
+        if self.tokens is not None and self.tokens.shape[0] != batch:
+            raise ValueError(
+                f"the cache holds {self.tokens.shape[0]} sequences and the call has {batch}: take a new LandmarkCache, or reset()"
+            )
+
+    def open_tokens(self, batch: int) -> int | Tensor:
+        """Tokens of the unfinished block, of each sequence `(B,)` where these have different numbers of tokens."""
+        self._check_batch(batch)
+        if self.tokens is None or self._even:
+            return self.most_tokens % self.block_size
+        return self.tokens % self.block_size
+
     def begin(self, batch: int, real: Tensor | None, columns: int, device: torch.device) -> LandmarkStep:
         """Plans a call of `columns` new tokens `(B, columns)`, padding among them; call `finish` when all layers are done.
 
@@ -429,10 +442,7 @@ class LandmarkCache(Cache):
         size = self.block_size + 1
         if self.tokens is None:
             self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        if self.tokens.shape[0] != batch:
-            raise ValueError(
-                f"the cache holds {self.tokens.shape[0]} sequences and the call has {batch}: take a new LandmarkCache, or reset()"
-            )
+        self._check_batch(batch)
         ragged = real is not None or not self._even
         if not ragged:
             old = self.most_tokens

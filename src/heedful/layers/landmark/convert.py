@@ -7,6 +7,7 @@ generation stay the model's own; its layers see landmarks too, through an attent
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 from typing import Any, cast
 
@@ -85,7 +86,10 @@ def convert_to_landmark(
     """
     name = type(model).__name__
     if getattr(model.config, "landmark", None) is not None:
-        raise ValueError(f"{name} has landmarks already: {model.config.landmark}")
+        remedy = (
+            "" if is_landmark_model(model) else "; it was loaded as a plain model: use heedful.layers.load_landmark"
+        )
+        raise ValueError(f"{name} has landmarks already: {model.config.landmark}{remedy}")
     decoder = _check_model(model)
     config = model.config
     LandmarkCache(block_size, top_k, retrieval)  # checks
@@ -146,6 +150,11 @@ def load_landmark(folder: str, **options: Any) -> PreTrainedModel:
         raise ValueError(f"{folder} is no landmark model: its config has no entry 'landmark'; see convert_to_landmark")
     _enable(model, _check_model(model))
     return cast(PreTrainedModel, model)
+
+
+def is_landmark_model(model: PreTrainedModel) -> bool:
+    """Whether landmarks are at work in it, not in its config alone."""
+    return isinstance(model.get_decoder(), _LandmarkDecoder)
 
 
 def _window(config: Any) -> int | None:
@@ -306,9 +315,12 @@ class _LandmarkDecoder:
         if cache is None:
             step = _whole(real, position_ids, given, options["block_size"])
             return self._run(input_ids, inputs_embeds, step, kwargs)
+        numbered = real is None and position_ids is not None and columns > 1
+        if numbered and bool(document_starts(position_ids.expand(batch, -1))[:, 1:].any()):  # type: ignore[union-attr]
+            raise ValueError("a LandmarkCache holds one document a row and position_ids restart: give use_cache=False")
         chunk = options["train_length"] // (cache.block_size + 1) - cache.top_k - 1
         chunk = max(1, chunk) * cache.block_size
-        outputs, parts = [], _chunks(real, columns, chunk)
+        outputs, parts = [], _chunks(real, columns, chunk, cache.open_tokens(batch))
         for some, part in parts:
             step = cache.begin(batch, part, given[:, some].shape[1], given.device)
             ids, embeds = (None if x is None else x[:, some] for x in (input_ids, inputs_embeds))
@@ -352,13 +364,21 @@ class _LandmarkDecoder:
         return result
 
 
-def _chunks(real: Tensor | None, columns: int, size: int) -> list[tuple[slice, Tensor | None]]:
-    """Columns of `size` tokens in each row, and which of them are in the chunk: a row's chunks do not depend on its padding."""
-    if real is None:
-        return [(slice(first, min(first + size, columns)), None) for first in range(0, max(columns, 1), size)]
-    number = real.cumsum(1) - 1
+def _chunks(
+    real: Tensor | None, columns: int, size: int, open_tokens: int | Tensor
+) -> list[tuple[slice, Tensor | None]]:
+    """Columns of `size` tokens in each row, and which of them are in the chunk: a row's chunks do not depend on its padding. The
+    first has fewer where a block is unfinished: it counts among the positions before the chunk."""
+    if isinstance(open_tokens, Tensor):
+        open_tokens = open_tokens[:, None]
+        if real is None:
+            real = torch.ones((len(open_tokens), columns), dtype=torch.bool, device=open_tokens.device)
+    elif real is None:
+        edges = [0, *range(size - open_tokens, columns, size), columns]
+        return [(slice(first, until), None) for first, until in itertools.pairwise(edges)]
+    number = real.cumsum(1) - 1 + open_tokens
     parts: list[tuple[slice, Tensor | None]] = []
-    for first in range(0, max(1, int(real.sum(1).max())), size):
+    for first in range(0, int(number.max()) + 1 if number.numel() else 1, size):
         mine = real & (number >= first) & (number < first + size)
         used = mine.any(0).nonzero()
         some = slice(int(used.min()), int(used.max()) + 1) if len(used) else slice(0, columns)

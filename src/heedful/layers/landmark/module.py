@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -84,8 +86,21 @@ class LandmarkAttention(nn.Module):
         self.k_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-        self.register_buffer("inv_freq", rope_theta**-exponent, persistent=False)
+        self.rope_theta = rope_theta
+        self.register_buffer("inv_freq", torch.empty(self.head_dim // 2), persistent=False)
+        self.reset_frequencies()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LandmarkAttention:
+        """The frequencies stay what they are in float32, whatever dtype the module goes to: far positions need them."""
+        super()._apply(fn, recurse)
+        if not self.inv_freq.is_meta:
+            self.reset_frequencies()
+        return self
+
+    def reset_frequencies(self) -> None:
+        """Writes the rotary frequencies anew (after a module was made on the meta device)."""
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=self.inv_freq.device) / self.head_dim
+        self.inv_freq = self.rope_theta**-exponent
 
     def forward(
         self,
