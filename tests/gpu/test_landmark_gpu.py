@@ -62,6 +62,20 @@ def test_blocks_far_below_the_others():
     assert error(got, want) < 1.5e-2
 
 
+@pytest.mark.parametrize("block", [64, 51, 16, 400])
+def test_what_is_not_finite_stays_behind(block):
+    torch.manual_seed(0)
+    tensors = draw(1, 2, 1, 700, 128, torch.bfloat16)
+    marks = torch.arange(700, device="cuda") % block == block - 1
+    clean = landmark_attention(*tensors, marks, impl="triton")[0]
+    for which in (1, 2):
+        broken = [x.clone() for x in tensors]
+        broken[which][0, 0, 300, 5] = torch.nan
+        got = landmark_attention(*broken, marks, impl="triton")[0]
+        assert torch.equal(got[:, :300], clean[:, :300])
+        assert got[:, 300:].isnan().all()
+
+
 def test_compiles_without_a_break_and_without_a_new_graph_for_a_length():
     tensors = draw(1, 4, 2, 300, 64, torch.bfloat16)
     marks = torch.arange(300, device="cuda") % 64 == 63

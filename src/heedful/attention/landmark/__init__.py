@@ -56,7 +56,8 @@ def landmark_attention(
             16, 32, 64, 128, 256) or "auto": Triton where it can, else the reference. Both are differentiable, once.
 
     Returns:
-        `(B, Hq, T, Dv)` in the query's dtype. Both softmaxes are float32 (float64 for float64).
+        `(B, Hq, T, Dv)` in the query's dtype. Both softmaxes are float32 (float64 for float64). A value that is not finite
+        makes all rows from its own on NaN, a NaN in a key those that score it; earlier rows stay as they are.
 
     Raises:
         ValueError: If a shape, dtype or argument does not fit, before any work.
