@@ -204,7 +204,7 @@ def conclude(figures: dict[str, Any], began: float, out: Path | None, complete: 
         )
     if NO_NOISE in results:
         greedy = results[NO_NOISE]["agreement_by_lag"]
-        claims["without lag noise agreement falls further with the lag"] = greedy[3] / greedy[0] < lags[3] / lags[0]
+        claims["without lag noise agreement falls further with the lag"] = greedy[3] * lags[0] < lags[3] * greedy[0]
     figures["claims"] = claims
     record(
         "longspec",

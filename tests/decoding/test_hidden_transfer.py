@@ -37,7 +37,7 @@ def test_greedy_output_does_not_depend_on_the_maps(name, batch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "gpt_oss", "smollm3", "cohere2"])
 def test_real_rows_never_see_pseudo_rows_and_training_is_inference(name):
     model = build(name, dtype=torch.float64)
     drafter = scrambled(model, transfer_layers=[0, 1, model.config.num_hidden_layers - 1])

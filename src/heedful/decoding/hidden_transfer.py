@@ -465,7 +465,7 @@ class _PseudoAttention(Kernel):
             block = slice(start, start + _BLOCK)
             arguments = (
                 query[:, :, :, :, block], keys[:, :, : start + _BLOCK], values[:, :, : start + _BLOCK],
-                own_keys[:, :, :, block], own_values[:, :, :, block], start, call.scaling, call.softcap, window,
+                own_keys[:, :, :, block], own_values[:, :, :, block], start, call.scaling, call.softcap, window, call.sinks,
             )  # fmt: skip
             if torch.is_grad_enabled() and query.requires_grad:
                 out.append(cast(Tensor, checkpoint(_attend, *arguments, use_reentrant=False)))
@@ -476,7 +476,7 @@ class _PseudoAttention(Kernel):
 
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, start: int, scaling: float,
-    softcap: float | None, window: int | None,
+    softcap: float | None, window: int | None, sinks: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Attention of the pseudo rows ``(B, Hkv, G, steps, n, D)`` of anchors ``start`` to ``start + n - 1``.
 
@@ -498,7 +498,12 @@ def _attend(
         seen = seen & (key > anchor + step[:, None, None] + 1 - window)
         own_seen = own_seen & (step[None, :] > step[:, None] - window)
     scores = torch.cat([real.masked_fill(~seen, -torch.inf), own.masked_fill(~own_seen[:, None], -torch.inf)], dim=-1)
-    weights = scores.float().softmax(-1).to(values.dtype) if scores.dtype != torch.float64 else scores.softmax(-1)
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    weights = scores.softmax(-1)
+    if sinks is not None:  # one more logit in the sum, without a value
+        share = torch.sigmoid(scores.logsumexp(-1) - sinks.to(scores.dtype).view(*query.shape[1:3], 1, 1))
+        weights = weights * share[..., None]
+    weights = weights.to(values.dtype)
     out = torch.einsum("bhgsnm,bhmd->bhgsnd", weights[..., : keys.shape[2]], values)
     return out + torch.einsum("bhgsnt,bhtnd->bhgsnd", weights[..., keys.shape[2] :], own_values)
 
