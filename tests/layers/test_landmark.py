@@ -43,6 +43,11 @@ class Rows(heedful.Probe):
         pass
 
 
+class Scores(heedful.Edit):
+    def logits(self, call, logits):
+        return logits
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------------------
 
 
@@ -275,6 +280,9 @@ def test_beam_search_and_errors_of_generation():
     with heedful.attach(model, Rows(layers=[1])) as attached:  # parts see text and landmarks
         model(ids())
     assert attached.report()[0]["rows"] == 2 * 40
+    for part in (heedful.HiPAttention(), Scores()):  # made for one softmax over all keys
+        with pytest.raises(ValueError, match="landmark"), heedful.attach(model, part):
+            model(ids())
 
 
 def test_saved_and_loaded(tmp_path):

@@ -20,7 +20,7 @@ from heedful.seam.selection import Rows, Selected
 from heedful.seam.weights import Weights
 
 # Keywords by which a model asks its attention function for something that is not a masked softmax over the given keys.
-UNKNOWN_TO_DENSE = ("indices", "block_indices", "sinks", "cache", "cu_seq_lens_q")
+UNKNOWN_TO_DENSE = ("indices", "block_indices", "sinks", "cache", "cu_seq_lens_q", "landmark")
 
 
 def nothing(*args: Any) -> None:

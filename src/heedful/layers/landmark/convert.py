@@ -77,7 +77,8 @@ def convert_to_landmark(
         `LandmarkCache`. PEFT: add `modules_to_save=["embed_tokens", "lm_head"]`, so that the new row is trained.
 
     When not to use:
-        Without fine-tuning: the landmarks of a fresh model mean nothing. With `heedful.generate`'s drafters, static
+        Without fine-tuning: the landmarks of a fresh model mean nothing. Under `heedful.attach` with kernels, or parts that
+        see scores or probabilities (queries, keys and outputs work): refused. With `heedful.generate`'s drafters, static
         caches, assisted generation or token-type masks: refused.
 
     Paper:
