@@ -1,5 +1,7 @@
 """Steps captured as CUDA graphs, against the eager engine on the same device, in float32."""
 
+import gc
+
 import pytest
 import torch
 from decoding_tools import RandomTree, padding
@@ -173,6 +175,25 @@ def test_a_long_run_does_not_grow():
         heedful.generate(model, engine="graph", **given, **(options | {"max_new_tokens": tokens}))
         plain.append(torch.cuda.max_memory_allocated())
     assert plain[2] - plain[1] < 2**20
+
+
+def test_graphs_that_are_garbage_do_not_end_in_the_middle_of_a_capture():
+    model, given = setting()
+    reference = model.generate(**given, **GREEDY)
+    heedful.generate(model, engine="graph", **given, **GREEDY)
+    sessions = model.__dict__.pop(graph._ATTRIBUTE)
+    sessions.compiled["itself"] = sessions  # a circle, which waits for the collector
+    threshold = gc.get_threshold()
+    gc.disable()
+    del sessions
+    gc.enable()
+    gc.set_threshold(1)
+    try:
+        result = heedful.generate(model, engine="graph", **given, **GREEDY)
+    finally:
+        gc.set_threshold(*threshold)
+    assert result.stats.capture_seconds > 0
+    assert torch.equal(result.sequences, reference)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
