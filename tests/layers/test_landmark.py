@@ -281,7 +281,7 @@ def test_beam_search_and_errors_of_generation():
         model(ids())
     assert attached.report()[0]["rows"] == 2 * 40
     for part in (heedful.HiPAttention(), Scores()):  # made for one softmax over all keys
-        with pytest.raises(ValueError, match="landmark"), heedful.attach(model, part):
+        with pytest.raises((ValueError, RuntimeError), match="landmark"), heedful.attach(model, part):
             model(ids())
 
 
