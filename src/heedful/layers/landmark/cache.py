@@ -109,8 +109,6 @@ class LandmarkCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -147,10 +145,16 @@ class LandmarkCacheLayer(CacheLayerMixin):
         """`(B, Hq, T, Dv)` for the chunk's queries; its keys and values are then kept. All are rotated at `step.positions`."""
         assert step.finished is not None
         assert step.filled is not None
-        output, lse = self._local(query, key, value, step, inv_freq, scale)
-        if step.most_finished:
-            output = self._retrieve(query, output, lse, step, inv_freq, scale)
-        self._append(key, value, step, inv_freq)
+        device = query.device.type
+        if torch.is_autocast_enabled(device):
+            query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        with torch.autocast(device, enabled=False):  # sums stay float32
+            output, lse = self._local(query, key, value, step, inv_freq, scale)
+            if step.most_finished:
+                output = self._retrieve(query, output, lse, step, inv_freq, scale)
+            self._append(key, value, step, inv_freq)
         return output
 
     def _local(
@@ -534,7 +538,7 @@ class LandmarkCache(Cache):
             self._select(torch.arange(self.tokens.shape[0], device=self.tokens.device).repeat_interleave(repeats))
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("a LandmarkCache cannot be cropped: generate without an assistant model, or with drafter=None")
+        raise ValueError("a LandmarkCache cannot be cropped: generate without an assistant model or prompt lookup")
 
 
 def insertion(tokens: Tensor, block_size: int, width: int) -> LandmarkStep:
