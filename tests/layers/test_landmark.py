@@ -67,15 +67,15 @@ def test_autocast_with_a_cache():
     """Also where a model hands over queries and keys wider than values."""
     torch.manual_seed(0)
     layer, x = LandmarkAttention(32, 4, num_kv_heads=2), torch.randn(1, 60, 32)
-    model, text = landmark_model(top_k=2), ids(1, 40)
+    model, text = landmark_model(), ids(1, 40)
     with torch.no_grad():
-        want, logits = cached(layer, x, 13, top_k=2)[0], model(text, use_cache=True).logits
+        want, logits = cached(layer, x, 13, top_k=9)[0], model(text).logits
         with torch.autocast("cpu", torch.bfloat16):
-            got, cache = cached(layer, x, 13, top_k=2)
-            low = model(text, use_cache=True).logits
+            got, cache = cached(layer, x, 13, top_k=9)
+            low = model(text, past_key_values=LandmarkCache(3, 50)).logits
     assert got.dtype == cache.layers[0].keys.dtype == torch.bfloat16
     assert (got - want).norm() < 0.02 * want.norm()
-    assert (low - logits).norm() < 0.1 * logits.norm()
+    assert (low - logits).norm() < 0.05 * logits.norm()
 
 
 def by_hand(layer, x, chunks, k, stingy):
