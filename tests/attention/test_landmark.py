@@ -254,19 +254,16 @@ def test_kernels_under_the_interpreter():
                     error = (a.double() - b).norm() / b.norm().clamp(min=0.1)
                     assert error < bound, (dtype, length, size, float(error))
         # What is not finite shows in the rows that see it, and in no earlier one, whatever tile it is in.
-        tensors = [torch.randn(1, 1, 100, 16, generator=g) for _ in range(3)]
-        for n in (8, 26, 90):
-            clean = landmark_attention(*tensors, every(100, n), impl="triton")[0, 0]
-            for which in range(3):
-                for bad in (torch.nan, torch.inf) if which else (torch.nan,):
-                    broken = [x.clone() for x in tensors]
-                    broken[which][0, 0, 40, 3 if which == 2 else slice(None)] = bad
-                    got = landmark_attention(*broken, every(100, n), impl="triton")[0, 0]
-                    assert torch.equal(got[:40], clean[:40]), (n, which)
-                    if which == 0:
-                        assert got[40].isnan().all() and torch.equal(got[41:], clean[41:]), n
-                    elif bad != torch.inf or which == 2:  # a score of -inf is no weight
-                        assert not got[40:].isfinite().any(), (n, which)
+        tensors = [torch.randn(1, 1, 70, 16, generator=g) for _ in range(3)]
+        for n in (8, 26, 60):
+            clean = landmark_attention(*tensors, every(70, n), impl="triton")[0, 0]
+            for which, bad in ((0, torch.nan), (1, torch.nan), (2, torch.inf)):
+                broken = [x.clone() for x in tensors]
+                broken[which][0, 0, 40, 3] = bad
+                got = landmark_attention(*broken, every(70, n), impl="triton")[0, 0]
+                assert torch.equal(got[:40], clean[:40]), (n, which)
+                assert got[40].isnan().all(), (n, which)
+                assert torch.equal(got[41:], clean[41:]) if which == 0 else got[41:].isnan().all(), (n, which)
         x = torch.zeros(0, 1, 5, 16)
         assert landmark_attention(x, x, x, every(5, 2), impl="triton").shape == x.shape
         q, k, v = (torch.randn(1, 2, 20, 16, requires_grad=True) for _ in range(3))
