@@ -120,8 +120,8 @@ def train_landmark(
         `out`, which `heedful.layers.load_landmark` loads.
 
     Raises:
-        ValueError: If the model is not in float32 or cannot have landmarks, there is no text or too little, `batch_size` is not a multiple of the
-            processes, or a checkpoint is of a run with other arguments.
+        ValueError: If the model is not in float32 or cannot have landmarks, there is no text or too little, `batch_size` is
+            not a multiple of the processes, or a checkpoint is of another run.
 
     Cost:
         That of training at `length`, with one position in `block_size + 1` more.
@@ -170,13 +170,15 @@ def train_landmark(
     objective: Any = _Objective(model, cast(int | None, tokenizer.eos_token_id))
     objective, optimiser = accelerator.prepare(objective, optimiser, device_placement=[on_device] * 2)
 
-    mark = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, **model.config.landmark}
+    mark = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, "lr": lr, **model.config.landmark}
     checkpoint = work / "checkpoint.pt"
     done = 0
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=model.device, weights_only=True)
         if state["mark"] != mark:
             raise ValueError(f"{checkpoint} is of a run with {state['mark']}: give another `out`, or resume=False")
+        if [p.shape for p in state["parameters"]] != [p.shape for p in parameters]:
+            raise ValueError(f"{checkpoint} is of a model of other sizes: give another `out`, or resume=False")
         with torch.no_grad():
             for parameter, value in zip(parameters, state["parameters"], strict=True):
                 parameter.copy_(value)
