@@ -191,6 +191,11 @@ def test_cache_is_refused_what_it_cannot():
         layer(x)
     with pytest.raises(ValueError, match="crop"):
         cache.crop(3)
+    _, cache = cached(layer, x, 5)
+    with pytest.raises(ValueError, match="1 sequences and the call has 2"):
+        cache.begin_slots(2, 5, x.device)
+    with pytest.raises(ValueError, match="from the caller"):
+        landmark_model(block_size=7, train_length=40)(ids(1, 5), past_key_values=cache)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------------------

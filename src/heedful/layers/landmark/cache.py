@@ -431,6 +431,11 @@ class LandmarkCache(Cache):
                 f"the cache holds {self.tokens.shape[0]} sequences and the call has {batch}: take a new LandmarkCache, or reset()"
             )
 
+    def _start(self, batch: int, device: torch.device) -> None:
+        self._check_batch(batch)
+        if self.tokens is None:
+            self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+
     def open_tokens(self, batch: int) -> int | Tensor:
         """Tokens of the unfinished block, of each sequence `(B,)` where these have different numbers of tokens."""
         self._check_batch(batch)
@@ -443,10 +448,12 @@ class LandmarkCache(Cache):
 
         Returns the slots with landmarks among them: a landmark follows the last token of its block at once.
         """
+        if self.most_slots is not None:
+            raise ValueError(
+                "this cache is in use by layers that take landmarks from the caller: take a new LandmarkCache"
+            )
         size = self.block_size + 1
-        if self.tokens is None:
-            self.tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._check_batch(batch)
+        self._start(batch, device)
         ragged = real is not None or not self._even
         if not ragged:
             old = self.most_tokens
@@ -484,11 +491,12 @@ class LandmarkCache(Cache):
         """Plans a call of `slots` new rows that hold their landmarks already, as `LandmarkAttention` takes them; then `finish`.
 
         Raises:
-            ValueError: If the cache has been used with `begin`, where the model inserts landmarks.
+            ValueError: If the cache has been used with `begin`, where the model inserts landmarks, or with another batch size.
         """
         if self.columns and self.most_slots is None:
             raise ValueError("this cache is in use by a model that inserts landmarks: begin_slots needs one of its own")
         size = self.block_size + 1
+        self._start(batch, device)
         before = self.most_slots or 0
         at = (before + torch.arange(slots, device=device)).expand(batch, -1)
         finished = torch.full((batch,), before // size, device=device)
