@@ -454,6 +454,7 @@ class LandmarkCache(Cache):
             )
         size = self.block_size + 1
         self._start(batch, device)
+        assert self.tokens is not None
         ragged = real is not None or not self._even
         if not ragged:
             old = self.most_tokens
