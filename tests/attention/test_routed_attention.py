@@ -128,6 +128,14 @@ def test_what_is_not_finite_stays_with_the_rows_that_see_it(which, bad):
         assert torch.equal(rows[:, 6:], active[0].T[:, 6:])
 
 
+def test_an_infinite_query_shows_also_where_all_its_products_are_minus_infinity():
+    query, key, value, active = tensors(1, 1, 2, 12, 12, 4)
+    key[..., 1] = -key[..., 1].abs() - 0.1
+    query[0, 0, 6, 1] = torch.inf
+    got = routed_attention(query, key, value, torch.ones_like(active))
+    assert (~got.isfinite().all(-1)).nonzero().tolist() == [[0, 0, 6]]
+
+
 def test_memory_stays_linear():
     """No T x T tensor, of bool neither, and none kept for the backward pass."""
     largest = 0
@@ -240,10 +248,25 @@ def test_kernels_under_the_interpreter():
         query, key, value = (torch.randn(1, 2, 40, 16, generator=generator) for _ in range(3))
         active = torch.rand(1, 40, 2, generator=generator) < 0.5
         clean = routed_attention(query, key, value, active, impl="triton")
-        value[0, 0, 20, 3] = torch.nan
+        sees = torch.arange(40) >= 20
+        active[0, 20, 0] = True
+        clean = routed_attention(query, key, value, active, impl="triton")
+        for which in range(3):
+            for bad in (torch.nan, torch.inf):  # done again in the same order: here, without fused products, the same bits
+                inputs = [x.clone() for x in (query, key, value)]
+                inputs[which][0, 0, 20, 3] = bad
+                got = routed_attention(*inputs, active, impl="triton")
+                assert torch.equal(got[:, :, :20], clean[:, :, :20]) and torch.equal(got[:, 1], clean[:, 1])
+                rows = ~got[0, 0].isfinite().all(-1)
+                if which == 0:
+                    assert rows.nonzero().tolist() == [[20]]
+                    assert torch.equal(got[0, 0, 21:], clean[0, 0, 21:])
+                elif which == 2 or bad != bad:
+                    assert torch.equal(rows, active[0, :, 0] & sees)
+        query[0, 0, 0, 3] = torch.inf * -key[0, 0, 0, 3].sign()  # its one product is -inf
+        active[0, 0, 0] = True
         got = routed_attention(query, key, value, active, impl="triton")
-        assert torch.equal(got[:, :, :20], clean[:, :, :20]) and torch.equal(got[:, 1], clean[:, 1])
-        assert torch.equal(got[0, 0].isnan().all(-1), active[0, :, 0] & (torch.arange(40) >= 20))
+        assert got[0, 0, 0].isnan().all() and torch.equal(got[:, :, 1:], clean[:, :, 1:])
 
         x, weight, bias = torch.randn(2, 40, 24), torch.randn(3, 24, 16), torch.randn(3, 16)
         active = torch.rand(2, 40, 3, generator=generator) < 0.5

@@ -254,6 +254,16 @@ def test_what_is_not_finite_stays_where_it_is_attended():
         assert finite[0, :, :256].all()  # earlier blocks of queries
 
 
+def test_an_infinite_query_shows_also_where_all_its_products_are_minus_infinity():
+    query, key, value = tensors(1, 2, 1, 40, 16, dtype=torch.float32)
+    key[..., 3] = -key[..., 3].abs() - 0.1
+    for row in (0, 17):
+        inputs = query.clone()
+        inputs[0, 0, row, 3] = torch.inf
+        finite = shifted_sparse_attention(inputs, key, value, 16).isfinite().all(-1)
+        assert (~finite).nonzero().tolist() == [[0, 0, row]]
+
+
 def test_autocast_computes_in_its_dtype():
     query, key, value = tensors(1, 2, 1, 20, 8, dtype=torch.float32)
     leaf = query.requires_grad_()
@@ -346,6 +356,10 @@ def test_kernels_under_the_interpreter():
         step = torch.compile(lambda *x: shifted_sparse_attention(*x, 16, attention_mask=mask, impl="triton"), fullgraph=True, backend="aot_eager")
         assert torch.equal(step(*inputs), shifted_sparse_attention(*inputs, 16, attention_mask=mask, impl="triton"))
         torch.autograd.grad(step(*inputs).sum(), inputs)
+        query, key, value = (x.detach().clone() for x in inputs)
+        query[0, 0, 5, 3] = torch.inf * -key[0, 0, 5, 3].sign()  # of the first real row: its one product is -inf
+        out = shifted_sparse_attention(query, key, value, 16, attention_mask=mask, impl="triton")
+        assert (~out.isfinite().all(-1)).nonzero().tolist() == [[0, 0, 5]]
         for shape in ((0, 2, 5, 16), (1, 2, 0, 16)):
             x = torch.randn(shape, requires_grad=True)
             out = shifted_sparse_attention(x, x, x, 3, impl="triton")

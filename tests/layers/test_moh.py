@@ -10,13 +10,15 @@ import textwrap
 import pytest
 import torch
 import transformers
+from decoding_tools import RandomTree, padding
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import build
+from tiny_models import build, inputs
 from torch.nn import functional
 
 import heedful
 from heedful.attention import choose_heads
+from heedful.decoding import HiddenTransfer, LongSpec, Medusa, PromptLookup, TokenRecycling
 from heedful.layers import MixtureOfHeads, convert_to_moh
 from heedful.layers.moh import balance_loss
 from heedful.layers.moh.routing import load_balance, norm_routing
@@ -411,6 +413,66 @@ def test_compiles_and_attaches(ids):
         with heedful.attach(model, Halve()):
             assert not torch.allclose(model(ids).logits, logits)
         assert torch.equal(model(ids).logits, logits)
+
+
+GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def decodes_as_plainly(model, padded, drafters):
+    given = inputs(model, batch=3, length=11, padding="left" if padded else None)
+    dense = model.generate(**given, **GREEDY)
+    convert_to_moh(model, 0.5, 0.25)
+    reference = model.generate(**given, **GREEDY)
+    assert not torch.equal(reference, dense)  # the choice of heads matters
+    oracle = heedful.generate(model, drafter=RandomTree(reference, padding(given)), **given, **GREEDY)
+    assert torch.equal(oracle.sequences, reference)
+    assert oracle.stats.tokens_per_step > 1.2  # drafted rows choose the heads that they have as the last rows
+    for make in drafters:
+        for cache in (None, "static"):
+            drafter = make(model)
+            if not (cache == "static" and drafter.joins_forward):
+                result = heedful.generate(model, drafter=drafter, cache_implementation=cache, **given, **GREEDY)
+                assert torch.equal(result.sequences, reference)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_drafter_gives_the_tokens_of_plain_decoding(attention):
+    trained = (Medusa.for_model, HiddenTransfer.for_model, LongSpec.for_model)
+    model = build("llama", attn=attention, dtype=torch.float64)
+    # transformers' eager attention gives NaN for padding rows in float64
+    decodes_as_plainly(model, attention == "sdpa", (lambda _: PromptLookup(), lambda _: TokenRecycling(), *trained))
+
+
+def test_drafts_are_verified_in_every_family(model):
+    decodes_as_plainly(model.double(), True, ())
+
+
+def test_generate_refuses_what_takes_no_tree(ids):
+    model = convert_to_moh(build("llama"), 0.5, 0.25, attention="routed")
+    with pytest.raises(ValueError, match=r"'routed' attention take no tree mask; call .*convert_to_moh again"):
+        heedful.generate(model, ids, drafter=PromptLookup(), max_new_tokens=4)
+
+
+def test_what_computes_all_heads_is_refused_under_attach(ids):
+    """A kernel in place of the attention, or edited weights, would lose the choice of heads; a probe reads."""
+    model = convert_to_moh(build("llama"), 0.5, 0.25)
+
+    class Sharper(heedful.Edit):
+        def logits(self, call, logits):
+            return logits * 2
+
+    class Read(heedful.Probe):
+        def probabilities(self, call, probabilities):
+            self.shape = probabilities.shape
+
+    with torch.no_grad():
+        for part in (Sharper(), heedful.kernels.H2OAttention()):
+            with heedful.attach(model, part), pytest.raises(RuntimeError, match=r"layer 0.*convert_to_moh"):
+                model(ids)
+        logits, read = model(ids).logits, Read()
+        with heedful.attach(model, read):
+            assert torch.equal(model(ids).logits, logits)
+        assert read.shape[-1] == ids.shape[1]
 
 
 def test_conversion_refuses_what_it_cannot_do(ids):

@@ -35,7 +35,7 @@ from heedful.decoding.device_walk import ancestors_of, place, settle
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.engine import Engine, _hidden_states
 from heedful.decoding.selection import StopChecker
-from heedful.decoding.support import model_device
+from heedful.decoding.support import model_device, routes_heads
 from heedful.decoding.tree import VerifiedTree, topology
 from heedful.seam import AttentionCall, Kernel, Verification, attach
 
@@ -113,6 +113,8 @@ def unsupported(
         return "the model is spread over several devices"
     if Verification(model).attached:
         return "parts are attached to the model"
+    if routes_heads(text):
+        return "its attention chooses heads (convert_to_moh), which the tree attention kernel would not"
     if drafter is not None and drafter.joins_forward:
         return f"{type(drafter).__name__} takes part in the model's forward"
     heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

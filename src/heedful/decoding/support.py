@@ -56,11 +56,23 @@ def check_model(model: PreTrainedModel) -> None:
         raise refuse("its text layers attend to another modality's cache")
     for owner in {id(c): c for c in (config, text)}.values():
         implementation = getattr(owner, "_attn_implementation", None)
+        if routes_heads(owner):  # each token by itself, over the masks of the attention beneath
+            implementation = owner.moh["attention"]
+            if implementation == "routed":
+                raise ValueError(
+                    f"heedful.generate cannot decode with {name}: heads computed by 'routed' attention take no tree mask; call "
+                    f"heedful.layers.convert_to_moh again with the ratios of config.moh and attention='sdpa' or 'eager' first"
+                )
         if implementation not in (None, "eager", "sdpa"):
             raise ValueError(
                 f"heedful.generate cannot decode with {name}: its attention implementation {implementation!r} takes no "
                 f"tree mask; call model.set_attn_implementation('sdpa') or 'eager' first"
             )
+
+
+def routes_heads(config: Any) -> bool:
+    """Whether this is the config of a model that `heedful.layers.convert_to_moh` made."""
+    return getattr(config, "_attn_implementation", None) == "moh" and getattr(config, "moh", None) is not None
 
 
 def check_rope(model: PreTrainedModel, final_length: int | None) -> None:

@@ -126,6 +126,12 @@ class Site:
 
         weighing = [s for s in rows if s.weighs]
         kernel = next((s for s in rows if isinstance(s.part, Kernel)), None)
+        for s in rows if name == "moh" else ():
+            if s is kernel or (s.weighs and s.edits):
+                raise PartError(
+                    f"layer {self.layer}: this model's attention chooses heads for each token (heedful.layers.convert_to_moh), "
+                    f"and {s.name} computes all of them. Use parts of the stages queries_keys or outputs there, or probes."
+                )
         # An edit of all weights leaves nothing of the original's output (under eager its weights are wanted too).
         covered = name != "eager" and any(s.edits and s.heads is None and rows[s].index is None for s in weighing)
         heads_out, weights = None, None

@@ -164,18 +164,20 @@ def train_moh(
     optimiser: Any = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     objective, optimiser = accelerator.prepare(objective, optimiser, device_placement=[not on_cpu] * 2)
 
-    mark = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, "moh": str(model.config.moh)}
-    checkpoint, done = work / "checkpoint.pt", 0
+    mark = {
+        "steps": steps, "batch_size": batch_size, "length": length, "seed": seed, "moh": str(model.config.moh), "lr": lr,
+        "weight_decay": weight_decay, "warmup": warmup, "clip": clip, "balance": balance, "distillation": distillation,
+    }  # fmt: skip
+    checkpoint, done, seen = work / "checkpoint.pt", 0, 0
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=model.device, weights_only=True)
         if state["mark"] != mark:
             raise ValueError(f"{checkpoint} is of a run with {state['mark']}: give another `out`, or resume=False")
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
-        done = state["step"]
+        done, seen = state["step"], state["tokens"]
 
-    began = time.perf_counter()
-    seen = 0
+    began, before = time.perf_counter(), seen
     with _bar(steps, done, progress and accelerator.is_main_process) as bar:
         for step in range(done, steps):
             for group in optimiser.param_groups:
@@ -196,7 +198,7 @@ def train_moh(
                 if accelerator.is_main_process:
                     entry = {"step": step, **dict(zip(["loss", *parts], values, strict=True))}
                     entry |= {"lr": optimiser.param_groups[0]["lr"], "tokens": seen}
-                    entry["tokens_per_second"] = seen / (time.perf_counter() - began)
+                    entry["tokens_per_second"] = (seen - before) / (time.perf_counter() - began)
                     with (work / "log.jsonl").open("a") as log:
                         log.write(json.dumps(entry) + "\n")
             bar.update(1)
@@ -204,7 +206,8 @@ def train_moh(
             if last or ((step + 1) % checkpoint_every == 0 and step + 1 < steps):
                 if accelerator.is_main_process:
                     state = {
-                        "mark": mark, "step": step + 1, "model": model.state_dict(), "optimiser": optimiser.state_dict(),
+                        "mark": mark, "step": step + 1, "tokens": seen, "model": model.state_dict(),
+                        "optimiser": optimiser.state_dict(),
                     }  # fmt: skip
                     torch.save(state, checkpoint.with_suffix(".tmp"))
                     checkpoint.with_suffix(".tmp").replace(checkpoint)

@@ -237,6 +237,7 @@ def train_sinklora(
 
     mark = {
         "steps": steps, "batch_size": batch_size, "length": length, "factor": factor, "seed": seed, "rank": rank,
+        "alpha": alpha, "dropout": dropout, "lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip": clip,
         "group_size_ratio": group_size_ratio, "shift_ratio": shift_ratio, "num_sink_tokens": num_sink_tokens,
         "boundary": boundary,
     }  # fmt: skip

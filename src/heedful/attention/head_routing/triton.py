@@ -145,7 +145,8 @@ def _forward(
     AGAIN: tl.constexpr,
 ):
     """A weight of 0 times a NaN is a NaN, which would reach rows that do not see it. Tiles in which anything is not finite are
-    marked, and done `AGAIN`: what is not finite is taken out of the values, and the rows that see it are set to NaN."""
+    marked, and done `AGAIN`: what is not finite is taken out of the values, and the rows that see it are set to NaN. All blocks go
+    through the masked loop then, which a GPU rounds otherwise (in the plain one the scale is fused into the exponent)."""
     _first, count, token, real, lowest, highest = _tile(rows, before, tokens, length, keys, BLOCK_M)
     if count == 0:
         return
@@ -194,7 +195,9 @@ def _forward(
             poisoned = tl.maximum(poisoned, tl.max(tl.where(seen, bad[None, :], 0), 1))
             v = tl.where(bad[:, None] != 0, 0.0, v)
         top, total, acc = _absorb(tl.where(seen, logits, float("-inf")), v, top, total, acc, PRECISION)
-    empty = total == 0
+    empty = ~real  # without a mask a row sees a key at least; 0 / 0, if all it sees is -inf, is NaN
+    if HAS_MASK:
+        empty = total == 0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     if AGAIN:
         acc = tl.where(poisoned[:, None] != 0, float("nan"), acc)

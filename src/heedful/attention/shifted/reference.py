@@ -87,7 +87,7 @@ class _Blocks(torch.autograd.Function):
             top = torch.where(top == -torch.inf, 0, top)  # rows that see nothing: padding
             weights = torch.exp(logits - top)
             total = weights.sum(-1, keepdim=True)
-            total = torch.where(total == 0, 1, total)
+            total = torch.where(seen.any(-1, keepdim=True), total, 1)  # 0 / 0, if all a row sees is -inf, stays NaN
             output[:, :, rows] = (weights @ v[:, :, None] / total).flatten(1, 2)
             lse[:, :, rows] = (top + total.log()).squeeze(-1).flatten(1, 2)
         ctx.save_for_backward(query, key, value, real, count, output, lse)

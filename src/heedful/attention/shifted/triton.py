@@ -190,7 +190,7 @@ def _forward(
             logits = tl.where(seen & inside[None, :] & real[:, None], logits, float("-inf"))
             top, total, acc = _absorb(logits, v, top, total, acc, PRECISION)
 
-    empty = total == 0
+    empty = ~real  # a real row sees itself at least; 0 / 0, if all it sees is -inf, is NaN
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     # A row that sees nothing has no weights in the backward pass either: exp(x - inf) = 0.
     result_lse = tl.where(empty, float("inf"), top + tl.log2(tl.where(empty, 1.0, total)))

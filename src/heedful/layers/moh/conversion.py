@@ -76,8 +76,9 @@ def convert_to_moh(
         the query projection (the router needs it) and the output projection stay.
 
     When not to use:
-        Without continued training, which must follow. For generation: one token's keys and values are read all the same. Under
-        a Kernel of `heedful.attach`, which computes the layer in place of this.
+        Without continued training, which must follow. For generation: one token's keys and values are read all the same.
+        (`heedful.generate` takes it with "sdpa" and "eager", in its eager engine; it refuses "routed".) Under `heedful.attach`
+        with a Kernel, or an Edit of logits or probabilities, which would compute all heads: refused.
 
     Paper:
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", Jin, Zhu, Yuan, Yan, arXiv 2410.11842 (section on
