@@ -40,7 +40,7 @@ from heedful.training.recall import Vocabulary
 
 PRETRAINED_ON = 895e6  # tokens
 CONTEXT = 4096  # of the books' bits per byte
-LENGTH = 1024  # of the rows of continued training
+LENGTH = 4096  # of the rows of continued training, as of those that quality is judged on
 
 
 # ---- part 1
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, default=shared / "validation.jsonl.xz")
     parser.add_argument("--part", choices=("all", "scratch", "tuned", "control"), default="all")
     parser.add_argument("--seeds", type=int, default=3, help="of the character models")
-    parser.add_argument("--seconds", type=float, default=150, help="of continued training, at most")
+    parser.add_argument("--seconds", type=float, default=300, help="of continued training, at most")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--recall", type=float, default=0.08, help="share of recall rows")
