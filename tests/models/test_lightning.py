@@ -71,7 +71,9 @@ def test_packed_documents(model, ids):
     with torch.no_grad():
         alone = torch.cat([model(ids[:, :9]).logits, model(ids[:, 9:]).logits], 1)
         positions = torch.cat([torch.arange(9), torch.arange(14)]).expand(2, -1)
-        assert torch.allclose(model(ids, position_ids=positions).logits, alone, atol=1e-10)
+        for mask in (None, torch.ones_like(ids)):
+            got = model(ids, position_ids=positions, attention_mask=mask).logits
+            assert torch.allclose(got, alone, atol=1e-10)
         flat = ids.view(1, -1)
         ends = torch.tensor([0, 9, 23, 32, 46], dtype=torch.int32)
         packed = model(flat, cu_seq_lens_q=ends).logits

@@ -177,7 +177,10 @@ class LightningModel(LightningPreTrainedModel):
                 )
             attention_mask = attention_mask[:, -length:].bool()
         documents = cu_seq_lens_q
-        if documents is None and position_ids is not None and attention_mask is None and length > 1:
+        numbered = documents is None and position_ids is not None and length > 1
+        if numbered and attention_mask is not None and not use_cache and bool(attention_mask.all()):
+            attention_mask = None  # some collators of packed rows give a mask of ones
+        if numbered and attention_mask is None and position_ids is not None:
             documents = _documents(position_ids.expand(batch, length))
         if documents is not None:
             if use_cache or past_key_values is not None:
