@@ -293,6 +293,8 @@ def test_beam_search_and_errors_of_generation():
         model(ids(), attention_mask=torch.ones(2, 1, 30, 30))
     with pytest.raises(ValueError, match="use_cache=False"):
         model(ids(), position_ids=torch.arange(30)[None] % 15, use_cache=True)
+    with pytest.raises(ValueError, match=r"landmark model .* use model\.generate"):
+        heedful.generate(model, ids(), max_new_tokens=2)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="knows no landmarks"):
         model(ids())

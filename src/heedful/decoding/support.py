@@ -56,6 +56,8 @@ def check_model(model: PreTrainedModel) -> None:
         raise refuse("its text layers attend to another modality's cache")
     for owner in {id(c): c for c in (config, text)}.values():
         implementation = getattr(owner, "_attn_implementation", None)
+        if getattr(owner, "landmark", None) is not None:
+            raise refuse("a landmark model reads blocks that each token finds, over which no tree mask can be laid")
         if routes_heads(owner):  # each token by itself, over the masks of the attention beneath
             implementation = owner.moh["attention"]
             if implementation == "routed":
