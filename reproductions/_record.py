@@ -11,6 +11,17 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+#: Books to train and to judge on, where the shared data is there.
+CLASSICS = Path(__file__).parents[2] / "shared" / "data" / "classics"
+
+
+def needs_books(folder: Path) -> None:
+    """Ends the program with the remedy if the books are not in the folder."""
+    for name in ("train-0.jsonl.xz", "validation.jsonl.xz"):
+        if not (folder / name).exists():
+            sys.exit(
+                f'{folder / name} is missing: give its folder with --data (books, a JSON object with "text" a line)'
+            )
 
 
 def _commit() -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _record import RESULTS, record
+from _record import CLASSICS, RESULTS, needs_books, record
 from torch import Tensor, nn
 
 from heedful.layers import LandmarkAttention, LandmarkCache
@@ -316,13 +316,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("recall", "classics"), help="one experiment alone")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--data", type=Path, help="folder with train-0.jsonl.xz and validation.jsonl.xz")
+    parser.add_argument("--data", type=Path, default=CLASSICS, help="folder with the books")
     parser.add_argument("--steps", type=int, help="of the classics experiment")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="of the recall experiment")
     parser.add_argument("--count", type=int, default=100, help="prompts of each length")
     parser.add_argument("--length", type=int, default=1024, help="positions of a training row")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    classics = arguments.part == "classics" or (arguments.part is None and torch.cuda.is_available())
+    if classics:
+        needs_books(arguments.data)
     began = time.perf_counter()
     out = arguments.out or RESULTS / "landmark.json"
     figures = json.loads(out.read_text())["figures"] if out.exists() else {}
@@ -331,7 +334,7 @@ def main() -> None:
         runs = [recall_experiment(600 if arguments.quick else 6000, seed) for seed in seeds]
         known = figures.setdefault("key_value_recall", {})
         known.update({f"seed {seed}": run for seed, run in zip(seeds, runs, strict=True)})
-    if arguments.part == "classics" or (arguments.part is None and arguments.data and torch.cuda.is_available()):
+    if classics:
         steps = arguments.steps or (20 if arguments.quick else 600)
         count = 16 if arguments.quick else arguments.count
         figures["classics-20m"] = classics_experiment(

@@ -16,14 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _record import RESULTS, record
+from _record import CLASSICS, RESULTS, needs_books, record
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -138,15 +137,13 @@ def slopes() -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    carried = os.environ.get("HEEDFUL_CARRY")
-    parser.add_argument("--data", type=Path, default=Path(carried) / "data" if carried else None)
+    parser.add_argument("--data", type=Path, default=CLASSICS, help="folder with the books")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, help="where to write the result instead of reproductions/results")
     arguments = parser.parse_args()
-    if arguments.data is None:
-        parser.error("give --data, a folder with train-0.jsonl.xz and validation.jsonl.xz")
+    needs_books(arguments.data)
     steps, batch = (2, 1) if arguments.quick else (arguments.steps, BATCH)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.perf_counter()

@@ -22,14 +22,13 @@ import argparse
 import json
 import lzma
 import math
-import os
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from _record import record
+from _record import CLASSICS, needs_books, record
 
 import heedful
 from heedful.interp import needle_prompts
@@ -114,14 +113,14 @@ def needles_found(model: Any, prompts: list[Any], budgets: dict[str, Any] | None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs; not what is recorded")
-    carry = Path(os.environ.get("HEEDFUL_CARRY", "carry"))
-    parser.add_argument("--data", type=Path, default=carry / "data")
+    parser.add_argument("--data", type=Path, default=CLASSICS, help="folder with the books")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin with no other attention after so many")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--out", type=Path, help="where to write the result instead of reproductions/results")
     arguments = parser.parse_args()
+    needs_books(arguments.data)
     started = time.perf_counter()
     quick, steps = arguments.quick, 2 if arguments.quick else arguments.steps
     length, batch = (512, 2) if quick else (16384, 2)
