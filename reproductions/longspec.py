@@ -13,8 +13,6 @@ What is there is recorded after every block, marked as incomplete until all have
 from __future__ import annotations
 
 import argparse
-import json
-import lzma
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +28,7 @@ import heedful
 from heedful import zoo
 from heedful.decoding import LongSpec
 from heedful.training import train_longspec
+from heedful.training.corpus import read_books
 from heedful.training.drafting import PackedRows, read_pieces
 
 BLOCKS: dict[str, dict[str, int]] = {
@@ -52,8 +51,7 @@ def long_rows(tokenizer: Any, data: Path, number: int, length: int) -> Tensor:
     books = data / "classics" / "validation.jsonl.xz"
     if not books.exists():
         return held_out_rows(tokenizer, number, length)
-    with lzma.open(books, "rt", encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
+    texts = [book["text"] for book in read_books(books)]
     rows = []
     for i in range(number):
         text = texts[i % len(texts)]

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import lzma
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import LongTensor, Tensor
 import heedful
 from heedful import decoding, zoo
 from heedful.decoding import Drafter, PromptLookup, Sequence, TokenRecycling
+from heedful.training.corpus import read_books
 
 NEAR_TIE = 1e-3
 TRAINED = {"medusa": "Medusa", "longspec": "LongSpec", "hidden-transfer": "HiddenTransfer"}
@@ -43,8 +43,7 @@ def prompts(data: Path, number: int) -> list[str]:
             sys.exit(f"{file} is missing: give the shared data folder with --data")
     questions = [json.loads(line)["turns"][0] for line in files[0].read_text(encoding="utf-8").splitlines()]
     maths = [f"Question: {json.loads(line)['question']}\nAnswer:" for line in files[1].read_text().splitlines()]
-    with lzma.open(files[2], "rt", encoding="utf-8") as lines:
-        books = [json.loads(line)["text"] for line in lines]
+    books = [book["text"] for book in read_books(files[2])]
     rest = max(0, number - len(questions[:number]))
     passages = [
         text[at : at + 900].strip() for i in range(rest) for text in [books[i % len(books)]] for at in [3000 + 1100 * (i // len(books))]

@@ -496,21 +496,23 @@ def test_the_bundled_model_stays_close_to_itself():
 # ---- what it refuses
 
 
-def refused(model, message, *, part=None, **inputs):
+def assert_refused(model, message, *, part=None, **inputs):
     with pytest.raises(ValueError, match=message), attach(model, part or HiPAttention(**SMALL)), torch.no_grad():
         model(**inputs)
 
 
 def test_attention_that_is_not_causal_is_refused():
-    refused(build("bert"), "layer 0: HiPAttention is causal", input_ids=tokens())
+    assert_refused(build("bert"), "layer 0: HiPAttention is causal", input_ids=tokens())
 
 
 def test_a_position_bias_is_refused():
-    refused(build("t5"), "layer 0: HiPAttention knows no position bias", input_ids=tokens(), decoder_input_ids=tokens())
+    assert_refused(
+        build("t5"), "layer 0: HiPAttention knows no position bias", input_ids=tokens(), decoder_input_ids=tokens()
+    )
 
 
 def test_dropout_is_refused():
-    refused(build("llama", attention_dropout=0.1).train(), "attention_dropout to 0", input_ids=tokens())
+    assert_refused(build("llama", attention_dropout=0.1).train(), "attention_dropout to 0", input_ids=tokens())
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -526,11 +528,11 @@ def test_masks_that_are_not_causal_with_padding_are_refused(attn):
         mask = seen.expand(2, 1, 48, 48)
         if attn == "eager":
             mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-        refused(model, "another one", input_ids=ids, attention_mask=mask)
+        assert_refused(model, "another one", input_ids=ids, attention_mask=mask)
     fine = causal.expand(2, 1, 48, 48)
     if attn == "eager":
         fine = torch.zeros(fine.shape).masked_fill(~fine, torch.finfo(torch.float32).min)
-        refused(model, "another one", input_ids=ids, attention_mask=fine + 0.1)
+        assert_refused(model, "another one", input_ids=ids, attention_mask=fine + 0.1)
     expected = logits(model, HiPAttention(**SMALL), input_ids=ids)
     assert torch.equal(logits(model, HiPAttention(**SMALL), input_ids=ids, attention_mask=fine), expected)
 
@@ -585,7 +587,7 @@ def test_flash_models_say_padding_and_documents_in_their_own_way(monkeypatch):
 def test_block_masks_are_refused():
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, 48, 48, device="cpu")
     model = build("llama", attn="flex_attention")
-    refused(model, "cannot read a BlockMask; load the model with", input_ids=tokens(), attention_mask=mask)
+    assert_refused(model, "cannot read a BlockMask; load the model with", input_ids=tokens(), attention_mask=mask)
 
 
 def model_mask(attn, length):
@@ -690,7 +692,7 @@ def test_prefixes_of_images_are_refused():
     model = build("gemma3_text")
     prefix = torch.ones(48, 48, dtype=torch.bool).tril()
     prefix[2:6, 2:6] = True
-    refused(model, "layer 1: .* another one", input_ids=tokens(), attention_mask=prefix.expand(2, 1, 48, 48))
+    assert_refused(model, "layer 1: .* another one", input_ids=tokens(), attention_mask=prefix.expand(2, 1, 48, 48))
 
 
 def test_drafted_tokens_are_refused():
