@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that `heedful --help` is
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -461,7 +462,24 @@ def _train(name: str, model: str, data: Path, out: Path, begin: Path | None = No
         getattr(training, f"train_{name.replace('-', '_')}")(loaded, tokenizer, data, out, **options)
     except ValueError as error:
         raise BadInput(_first_line(error)) from error
-    typer.echo(f"written to {out}")
+    if _leave_the_others() == 0:
+        typer.echo(f"written to {out}")
+
+
+def _leave_the_others() -> int:
+    """End the process group of `accelerate launch`, in which this process had the rank returned.
+
+    Gloo aborts a process that finalizes its interpreter within a group.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    rank = dist.get_rank()
+    dist.barrier()
+    gc.collect()  # a model wrapped for the group would keep it alive
+    dist.destroy_process_group()
+    return rank
 
 
 @train_app.command("medusa")

@@ -1,12 +1,8 @@
 """ShiftedSparseAttention in real (tiny, random) models: grouped while they are trained, their own attention in eval mode."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
+from processes import run_on_two
 from tiny_models import build, inputs
 
 import heedful
@@ -157,14 +153,11 @@ def test_gradient_checkpointing_and_autocast():
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    code = """
-        import sys, torch, heedful
-        import torch.distributed as dist
+    run_on_two(
+        """
+        import heedful
         from tiny_models import build, inputs
         from heedful.kernels import ShiftedSparseAttention
-        torch.set_num_threads(1)
-        rank, file = int(sys.argv[1]), sys.argv[2]
-        dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
         model = build("llama").train()
         given = inputs(model, batch=4, length=16)
         part = lambda: ShiftedSparseAttention(group_size=5)
@@ -178,20 +171,9 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
             wrapped(**own, labels=own["input_ids"], use_cache=False).loss.backward()
         for p, want in zip(model.parameters(), expected):
             torch.testing.assert_close(p.grad, want, atol=1e-5, rtol=1e-4)
-        dist.destroy_process_group()
-    """
-    path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), os.environ.get("PYTHONPATH", "")])
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), str(rank), str(tmp_path / "store")],
-            env=os.environ | {"PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [run.communicate(timeout=120)[1] for run in runs]
-    assert all(run.returncode == 0 for run in runs), errors
+        """,
+        tmp_path,
+    )
 
 
 def test_by_name_as_an_attention_implementation():

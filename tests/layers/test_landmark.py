@@ -1,14 +1,11 @@
 """Landmarks in models: the cache against the grouped softmax of the whole, insertion, generation, packed rows, saving, training."""
 
 import copy
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 import transformers
+from processes import run_on_two
 from tiny_models import build
 
 import heedful
@@ -413,47 +410,21 @@ def test_trainer_works_unchanged(tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_two_processes_give_the_gradients_of_one():
-    code = """
-        import sys, os, torch
-        sys.path.insert(0, "tests")
-        import torch.distributed as dist
-        from torch.nn.parallel import DistributedDataParallel
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    run_on_two(
+        """
         from tiny_models import build
         from heedful.layers import convert_to_landmark
-        torch.set_num_threads(1)
-
-        def run(rank, port, out):
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            dist.init_process_group("gloo", rank=rank, world_size=2)
-            model = convert_to_landmark(build("llama"), 3, top_k=2, train_length=16)
-            x = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))
-            wrapped = DistributedDataParallel(model)
-            mine = x[2 * rank : 2 * rank + 2]
-            wrapped(input_ids=mine, labels=mine, use_cache=False).loss.backward()
-            got = [p.grad.clone() for p in model.parameters()]
-            model.zero_grad()
-            model(input_ids=x, labels=x, use_cache=False).loss.backward()
-            worst = max(float((a - p.grad).abs().max()) for a, p in zip(got, model.parameters()))
-            assert worst < 1e-6, worst
-            if rank == 0:
-                print("same", flush=True)
-            dist.destroy_process_group()
-
-        if __name__ == "__main__":
-            run(int(sys.argv[1]), sys.argv[2], None)
-    """
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), str(rank), port],
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in both]
-    assert outputs[0][0].strip() == "same", outputs[0][1][-2000:] + outputs[1][1][-2000:]
+        model = convert_to_landmark(build("llama"), 3, top_k=2, train_length=16)
+        x = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        mine = x[2 * rank : 2 * rank + 2]
+        wrapped(input_ids=mine, labels=mine, use_cache=False).loss.backward()
+        got = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        model(input_ids=x, labels=x, use_cache=False).loss.backward()
+        for a, p in zip(got, model.parameters()):
+            torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=0)
+        """,
+        tmp_path,
+    )

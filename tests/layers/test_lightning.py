@@ -1,13 +1,10 @@
 """The lightning layer and its cache layer: transformers' MiniMax as oracle, states, dtypes, DDP."""
 
 import copy
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
+from processes import run_on_two
 from torch.utils.checkpoint import checkpoint
 from transformers import MiniMaxConfig
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
@@ -153,13 +150,9 @@ def test_compiles_whole():
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    code = """
-        import sys, torch
-        import torch.distributed as dist
+    run_on_two(
+        """
         from heedful.layers import LightningAttention
-        torch.set_num_threads(1)
-        rank, folder = int(sys.argv[1]), sys.argv[2]
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
         torch.manual_seed(0)
         layer, x = LightningAttention(16, 2).double(), torch.randn(4, 25, 16, dtype=torch.float64)
         layer(x).square().mean().backward()
@@ -169,19 +162,9 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         parallel(x[rank::2]).square().mean().backward()
         for a, b in zip(alone, layer.parameters()):
             torch.testing.assert_close(a, b.grad)
-        dist.destroy_process_group()
-    """
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(rank), str(tmp_path)],
-            stderr=subprocess.PIPE,
-            env=os.environ,
-        )
-        for rank in range(2)
-    ]
-    for run in runs:
-        _, errors = run.communicate(timeout=120)
-        assert run.returncode == 0, errors.decode()[-2000:]
+        """,
+        tmp_path,
+    )
 
 
 def test_wrong_use_is_refused():

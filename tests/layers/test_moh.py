@@ -1,11 +1,8 @@
 """Mixture-of-Head: gates and balance loss as in the paper, and what a converted model keeps."""
 
 import copy
-import os
-import socket
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -13,6 +10,7 @@ import transformers
 from decoding_tools import RandomTree, padding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_on_two
 from tiny_models import build, inputs
 from torch.nn import functional
 
@@ -501,18 +499,13 @@ def test_conversion_refuses_what_it_cannot_do(ids):
         balance_loss([torch.zeros(1, 4, 5, 5)])
 
 
-def test_two_processes_give_the_gradients_of_one():
+def test_two_processes_give_the_gradients_of_one(tmp_path):
     """DistributedDataParallel over gloo, the layer and a converted model, a row of the batch each."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    code = """
-        import copy, sys, torch, torch.distributed as dist
-        torch.set_num_threads(1)
+    run_on_two(
+        """
+        import copy
         from tiny_models import build
         from heedful.layers import MixtureOfHeads, convert_to_moh
-        rank = int(sys.argv[1])
-        dist.init_process_group("gloo", rank=rank, world_size=2)
         torch.manual_seed(0)
         ids = torch.randint(3, 90, (2, 11))
         x = torch.randn(2, 11, 24)
@@ -524,18 +517,7 @@ def test_two_processes_give_the_gradients_of_one():
             shared = torch.nn.parallel.DistributedDataParallel(one)
             run(shared, rows[rank : rank + 1]).backward()
             for a, b in zip(alone.parameters(), one.parameters()):
-                assert torch.allclose(a.grad, b.grad, atol=1e-5)
-        print("fine")
-    """
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), str(rank)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for run in runs:
-        out, error = run.communicate(timeout=120)
-        assert "fine" in out, error[-2000:]
+                torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+        """,
+        tmp_path,
+    )

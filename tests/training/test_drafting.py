@@ -2,15 +2,14 @@
 
 import json
 import math
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build
+from processes import run_on_two
+from tiny_models import Letters, build
 
 import heedful
 from heedful import cli
@@ -19,18 +18,6 @@ from heedful.training import self_distill, train_drafter, train_hidden_transfer,
 from heedful.training.drafting import PackedRows, read_documents, read_pieces
 
 SMALL = {"steps": 4, "batch_size": 4, "length": 24, "progress": False}
-
-
-class Letters:
-    """A tokenizer of 90 symbols."""
-
-    eos_token_id, bos_token_id, pad_token_id = 1, 0, 2
-
-    def __call__(self, text, **_):
-        return {"input_ids": [3 + ord(c) % 80 for c in text]}
-
-    def save_pretrained(self, folder):
-        pass
 
 
 @pytest.fixture
@@ -153,8 +140,8 @@ PROGRAM = """
 import os, signal, sys, torch
 sys.path[:0] = {paths!r}
 torch.set_num_threads(1)
-from tiny_models import build
-from test_drafting import Letters, SMALL
+from tiny_models import Letters, build
+from test_drafting import SMALL
 from heedful.decoding import Medusa
 from heedful.training import train_drafter, train_medusa
 torch.manual_seed(0)
@@ -196,26 +183,22 @@ def test_a_run_that_the_system_kills_leaves_a_checkpoint_to_go_on_from(text, tmp
 
 def test_two_processes_have_the_losses_of_one(text, tmp_path):
     """Gloo on the CPU, through `accelerate launch`'s own environment variables."""
-    script = program(tmp_path, "train_drafter(drafter, model, Letters(), sys.argv[1], sys.argv[2], **SMALL)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    curves = []
-    for number in (1, 2):
-        out = tmp_path / f"of-{number}"
-        processes = []
-        for rank in range(number):
-            env = os.environ | {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-            }  # fmt: skip
-            if number == 1:
-                env = {k: v for k, v in env.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-            processes.append(subprocess.Popen([sys.executable, str(script), str(text), str(out)], env=env))
-        assert [process.wait(timeout=120) for process in processes] == [0] * number
-        curves.append(losses(out))
-        Medusa.from_pretrained(out)
-    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    torch.manual_seed(0)
+    model = build("llama")
+    train_drafter(Medusa.for_model(model), model, Letters(), text, tmp_path / "one", **SMALL)
+    run_on_two(
+        f"""
+        from tiny_models import Letters, build
+        from heedful.decoding import Medusa
+        from heedful.training import train_drafter
+        torch.manual_seed(0)
+        model = build("llama")
+        train_drafter(Medusa.for_model(model), model, Letters(), {str(text)!r}, {str(tmp_path / "two")!r}, **{SMALL!r})
+        """,
+        tmp_path,
+    )
+    Medusa.from_pretrained(tmp_path / "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 def test_recipes_write_folders_that_draft(text, tmp_path, monkeypatch):

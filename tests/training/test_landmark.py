@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from processes import run_on_two
 from safetensors.torch import load_file
-from tiny_models import build
+from tiny_models import Letters, build
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -34,24 +36,12 @@ class Copies:
         return (ids, (torch.arange(24) >= 12).float().expand(len(rows), -1)) if self.weighted else ids
 
 
-class Words:
-    """As much of a tokenizer as training on a file needs."""
-
-    eos_token_id, bos_token_id = 2, 1
-
-    def __call__(self, text, **_):
-        return {"input_ids": [3 + ord(c) % 70 for c in text]}
-
-    def save_pretrained(self, folder):
-        pass
-
-
 def test_loss_falls_and_the_folder_loads(tmp_path):
     torch.manual_seed(0)
     model = build("llama")
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on the mat, and " * 60)
-    out = train_landmark(model, Words(), text, tmp_path / "out", steps=30, **OPTIONS)
+    out = train_landmark(model, Letters(), text, tmp_path / "out", steps=30, **OPTIONS)
     losses = [json.loads(line)["loss"] for line in (out / "training" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.7 * losses[0]
     again = load_landmark(out)
@@ -65,23 +55,25 @@ def test_loss_falls_and_the_folder_loads(tmp_path):
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     for name, stops in (("whole", [None]), ("parts", [3, None])):
         for stop in stops:
-            train_landmark(build("llama"), Words(), Copies(True), tmp_path / name, steps=6, stop_after=stop, **OPTIONS)
+            train_landmark(
+                build("llama"), Letters(), Copies(True), tmp_path / name, steps=6, stop_after=stop, **OPTIONS
+            )
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     for name, value in whole.items():
         assert torch.allclose(value, parts[name], atol=1e-6), name
-    train_landmark(build("llama"), Words(), Copies(True), tmp_path / "other", steps=6, stop_after=1, **OPTIONS)
+    train_landmark(build("llama"), Letters(), Copies(True), tmp_path / "other", steps=6, stop_after=1, **OPTIONS)
     for model, options in ((build("llama"), {"lr": 1.0}), (build("llama", intermediate_size=24), {})):
         with pytest.raises(ValueError, match="resume=False"):
-            train_landmark(model, Words(), Copies(True), tmp_path / "other", steps=6, **(OPTIONS | options))
+            train_landmark(model, Letters(), Copies(True), tmp_path / "other", steps=6, **(OPTIONS | options))
     with pytest.raises(ValueError, match=r"multiple|at least"):
-        train_landmark(build("llama"), Words(), Copies(), tmp_path / "x", steps=0, **OPTIONS)
+        train_landmark(build("llama"), Letters(), Copies(), tmp_path / "x", steps=0, **OPTIONS)
     with pytest.raises(ValueError, match=r"model\.float\(\)"):
-        train_landmark(build("llama").bfloat16(), Words(), Copies(), tmp_path / "x", steps=1, **OPTIONS)
+        train_landmark(build("llama").bfloat16(), Letters(), Copies(), tmp_path / "x", steps=1, **OPTIONS)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")  # its landmarks are not at work
     with pytest.raises(ValueError, match="load_landmark"):
-        train_landmark(plain, Words(), Copies(), tmp_path / "x", steps=1, **OPTIONS)
+        train_landmark(plain, Letters(), Copies(), tmp_path / "x", steps=1, **OPTIONS)
     with pytest.raises(ValueError, match="no training text"):
-        train_landmark(build("llama"), Words(), tmp_path / "none.txt", tmp_path / "y", steps=2, **OPTIONS)
+        train_landmark(build("llama"), Letters(), tmp_path / "none.txt", tmp_path / "y", steps=2, **OPTIONS)
 
 
 def test_weights_and_documents():
@@ -118,20 +110,30 @@ def test_the_command(tmp_path):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    code = (
-        "import sys; sys.path.insert(0, 'tests'); sys.path.insert(0, 'tests/training')\n"
-        "import torch; torch.set_num_threads(1)\n"
-        "from test_landmark import Copies, OPTIONS, Words, build, train_landmark\n"
-        "train_landmark(build('llama'), Words(), Copies(True), sys.argv[1], steps=2, **OPTIONS)\n"
+    train_landmark(build("llama"), Letters(), Copies(True), tmp_path / "one", steps=2, **OPTIONS)
+    run_on_two(
+        f"""
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_landmark import Copies, Letters, OPTIONS, build, train_landmark
+        train_landmark(build("llama"), Letters(), Copies(True), {str(tmp_path / "two")!r}, steps=2, **OPTIONS)
+        """,
+        tmp_path,
     )
-    script = tmp_path / "run.py"
-    script.write_text(code)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    train_landmark(build("llama"), Words(), Copies(True), tmp_path / "one", steps=2, **OPTIONS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    launch = [*launch, "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", str(script), str(tmp_path / "two")]
-    run = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         assert torch.allclose(value, two[name], atol=1e-4), name
+
+
+def test_the_command_in_two_processes(tmp_path):
+    """A real launcher: both processes end well, one of them speaks."""
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times. " * 200)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "heedful.cli", "train", "landmark",
+        "--data", str(text), "--out", str(tmp_path / "out"), "--steps", "1", "--batch-size", "2", "--length", "64", "--block-size", "7",
+    ]  # fmt: skip
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == ["written", "to", str(tmp_path / "out")]
+    assert load_landmark(tmp_path / "out").config.landmark["block_size"] == 7

@@ -1,31 +1,16 @@
 """Continued training as Mixture-of-Head: it learns, goes on after a kill, is the same on two processes, and loads."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
-from tiny_models import build
+from processes import run_on_two
+from tiny_models import Letters, build
 
 from heedful.training import train_moh
 
 SMALL = {"steps": 4, "batch_size": 4, "length": 16, "progress": False}
-
-
-class Letters:
-    """A tokenizer of 90 symbols."""
-
-    eos_token_id, bos_token_id, pad_token_id = 1, 0, 2
-
-    def __call__(self, text, **_):
-        return {"input_ids": [3 + ord(c) % 80 for c in text]}
-
-    def save_pretrained(self, folder):
-        pass
 
 
 @pytest.fixture
@@ -104,38 +89,15 @@ def test_wrong_use_is_refused(text, tmp_path):
 def test_two_processes_have_the_loss_of_one(text, tmp_path):
     """But for the balance loss, which is of the rows of a process."""
     alone = train_moh(build("llama"), Letters(), text, tmp_path / "alone", **SMALL, seed=3, balance=0.0)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    code = f"""
-import sys; sys.path[:0] = {[p for p in sys.path if p]!r}
-import torch; torch.set_num_threads(1)
-from tiny_models import build
-from training_moh_letters import Letters
-from heedful.training import train_moh
-train_moh(build("llama"), Letters(), {str(text)!r}, {str(tmp_path / "two")!r}, steps=4, batch_size=4, length=16, progress=False, seed=3, balance=0.0)
-"""
-    (tmp_path / "training_moh_letters.py").write_text(
-        "class Letters:\n    eos_token_id, bos_token_id, pad_token_id = 1, 0, 2\n"
-        "    def __call__(self, text, **_):\n        return {'input_ids': [3 + ord(c) % 80 for c in text]}\n"
-        "    def save_pretrained(self, folder):\n        pass\n"
+    run_on_two(
+        f"""
+        from tiny_models import Letters, build
+        from heedful.training import train_moh
+        options = {SMALL | {"seed": 3, "balance": 0.0}!r}
+        train_moh(build("llama"), Letters(), {str(text)!r}, {str(tmp_path / "two")!r}, **options)
+        """,
+        tmp_path,
     )
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(tmp_path),
-    }  # fmt: skip
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    for run in runs:
-        _, error = run.communicate(timeout=120)
-        assert run.returncode == 0, error[-2000:]
     for one, two in zip(log_of(alone), log_of(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert two["tokens"] == one["tokens"]

@@ -1,14 +1,12 @@
 """The recipe of SinkLoRA: interpolated positions, what is trained, folders that load, runs that go on."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import build
+from processes import run_on_two
+from tiny_models import Letters, build
 from transformers import AutoModelForCausalLM
 
 import heedful
@@ -19,18 +17,6 @@ from heedful.training.sinklora import adapt
 SMALL = {
     "steps": 3, "batch_size": 2, "length": 40, "factor": 2.0, "lr": 1e-2, "warmup_steps": 1, "progress": False, "group_size_ratio": 0.3,
 }  # fmt: skip
-
-
-class Letters:
-    """A tokenizer of 80 symbols."""
-
-    eos_token_id, bos_token_id, pad_token_id = 1, 0, 2
-
-    def __call__(self, text, **_):
-        return {"input_ids": [3 + ord(c) % 80 for c in text]}
-
-    def save_pretrained(self, folder):
-        pass
 
 
 @pytest.fixture
@@ -171,22 +157,13 @@ def test_wrong_arguments_are_one_clear_error(text, tmp_path):
 
 
 def test_two_processes_have_the_losses_of_one(text, tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, torch\n"
-        f"sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]\n"
-        "torch.set_num_threads(1)\n"
-        "from tiny_models import build\nfrom test_sinklora import Letters, SMALL\n"
-        "from heedful.training import train_sinklora\n"
-        "train_sinklora(build('llama'), Letters(), sys.argv[1], sys.argv[2], **SMALL)\n"
-    )
     train_sinklora(build("llama"), Letters(), text, tmp_path / "one", **SMALL)
-    processes = []
-    for rank in range(2):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29637",
-            "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        processes.append(subprocess.Popen([sys.executable, str(script), str(text), str(tmp_path / "two")], env=env))
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    run_on_two(
+        f"""
+        from tiny_models import Letters, build
+        from heedful.training import train_sinklora
+        train_sinklora(build("llama"), Letters(), {str(text)!r}, {str(tmp_path / "two")!r}, **{SMALL!r})
+        """,
+        tmp_path,
+    )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
