@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from heedful import zoo
 from heedful.decoding import HiddenTransfer, Medusa
 from heedful.decoding.medusa import MC_SIM_7B_63
-from heedful.decoding.trained import output_weight, rank_accuracies
+from heedful.decoding.trained import model_logits, rank_accuracies
 from heedful.training import train_hidden_transfer, train_medusa
 from heedful.training.drafting import own_text
 
@@ -59,7 +59,7 @@ def agreement(drafter: Any, model: Any, rows: Tensor) -> list[float]:
         else:
             hidden = model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
             found.append(drafter.candidates(hidden)[..., :1])
-        chosen.append(F.linear(hidden, output_weight(model)).argmax(-1))
+        chosen.append(model_logits(model, hidden).argmax(-1))
     accuracies, _ = rank_accuracies(torch.cat(found), torch.cat(chosen), prompt=PROMPT)
     return [round(step[0], 3) for step in accuracies]
 

@@ -26,12 +26,11 @@ import torch
 from _drafting import DATA, held_out_rows, race, together, training_text
 from _record import record
 from torch import Tensor
-from torch.nn import functional as F
 
 from heedful import zoo
 from heedful.decoding import Medusa
 from heedful.decoding.medusa import MC_SIM_7B_63
-from heedful.decoding.trained import best_tree, expected_length, output_weight, rank_accuracies
+from heedful.decoding.trained import best_tree, expected_length, model_logits, rank_accuracies
 from heedful.training import train_medusa
 from heedful.training.drafting import PackedRows, own_text, read_pieces
 
@@ -62,7 +61,7 @@ def head_accuracies(drafter: Medusa, model: Any, rows: Tensor) -> tuple[list[lis
     for batch in rows.split(8):
         hidden = model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
         found.append(drafter.candidates(hidden))
-        chosen.append(F.linear(hidden, output_weight(model)).argmax(-1))
+        chosen.append(model_logits(model, hidden).argmax(-1))
     return rank_accuracies(torch.cat(found), torch.cat(chosen), prompt=PROMPT)
 
 

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, inputs
+import transformers
+from tiny_models import FAMILIES, build, inputs
 
 import heedful
 from heedful.decoding import HiddenTransfer, Medusa, hidden_transfer, medusa
@@ -15,7 +16,7 @@ from heedful.decoding.trained import (
     RankTree,
     best_tree,
     expected_length,
-    output_weight,
+    model_logits,
     path_chances,
     rank_accuracies,
 )
@@ -36,10 +37,20 @@ def test_untrained_heads_are_the_models_own_head(share):
     model = build("llama", dtype=torch.float64)
     drafter = Medusa.for_model(model, num_heads=3, share_lm_head=share, num_layers=2).double()
     hidden = model.get_decoder()(**inputs(model, batch=2)).last_hidden_state
-    logits = drafter(hidden, output_weight(model) if share else None)
+    logits = drafter(hidden, model.lm_head if share else None)
     assert torch.allclose(logits, model.lm_head(hidden)[:, :, None].expand_as(logits), atol=1e-12)
     blocks = {id(block) for head in drafter.blocks for block in head}
     assert len(blocks) == 6  # distinct
+
+
+def phi():
+    config = transformers.PhiConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.PhiForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "qwen3", "gpt2"])
@@ -135,7 +146,7 @@ def test_labels_that_are_left_out_give_no_gradient():
     hidden, ids = torch.randn(1, 9, model.config.hidden_size), torch.randint(0, 90, (1, 9))
     labels = torch.full_like(ids, -100)
     labels[0, 4] = ids[0, 4]
-    drafter.head_loss(hidden, ids, output_weight(model).detach(), labels)[0].backward()
+    drafter.head_loss(model, hidden, ids, labels)[0].backward()
     touched = [bool(block[0].linear.weight.grad.abs().sum() > 0) for block in drafter.blocks]
     assert touched == [True, True, True, False]  # t + k + 1 == 4 has no t for the fourth head
 

@@ -21,7 +21,7 @@ from heedful.decoding.trained import (
     RankDrafter,
     best_tree,
     mean_where,
-    output_weight,
+    model_logits,
     rank_accuracies,
 )
 from heedful.decoding.tree import DraftTree
@@ -225,14 +225,14 @@ class HiddenTransfer(RankDrafter):
         """Divergence of each step's distribution from the model's own, given the true tokens (or, with ``hard_labels``,
         cross-entropy of the text); summed over the steps."""
         pseudo, hidden = self.pseudo_states(model, input_ids)
-        head, norm = output_weight(model).detach(), model.get_decoder().norm
+        norm = model.get_decoder().norm
         total: Tensor = hidden.new_zeros((), dtype=torch.float32)
         figures: dict[str, Tensor] = {}
         labels = input_ids if labels is None else labels
         with torch.no_grad():
-            teacher = F.linear(hidden, head)
+            teacher = model_logits(model, hidden)
         for step in range(1, self.num_transfer_steps + 1):
-            logits = F.linear(norm(pseudo[:, step - 1, : -step - 1]), head).float()
+            logits = model_logits(model, norm(pseudo[:, step - 1, : -step - 1])).float()
             wanted, learnt = teacher[:, step:-1].float(), labels[:, step + 1 :]
             if self.hard_labels:
                 losses = F.cross_entropy(logits.transpose(1, 2), learnt, reduction="none")
@@ -323,7 +323,7 @@ class HiddenTransfer(RankDrafter):
         for batch in rows.to(model_device(model)).split(8):
             pseudo, hidden = self.pseudo_states(model, batch)
             found.append(self._best(pseudo.transpose(1, 2)))
-            chosen.append(F.linear(hidden, output_weight(model)).argmax(-1))
+            chosen.append(model_logits(model, hidden).argmax(-1))
         accuracies, _ = rank_accuracies(torch.cat(found), torch.cat(chosen), prompt=prompt)
         self.set_tree(best_tree(accuracies, max_nodes), accuracies)
         return accuracies

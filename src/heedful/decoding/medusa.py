@@ -21,6 +21,7 @@ from heedful.decoding.trained import (
     RankDrafter,
     best_tree,
     expected_length,
+    model_logits,
     output_weight,
     rank_accuracies,
 )
@@ -127,7 +128,8 @@ class Medusa(RankDrafter):
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **options: Any) -> Medusa:
-        """Untrained heads for a model: each gives the model's own logits. ``options``: as for the constructor."""
+        """Untrained heads for a model: each gives the model's own logits
+        (without the head's bias or scale, with ``share_lm_head=False``). ``options``: as for the constructor."""
         weight = output_weight(model)
         drafter = cls(hidden_size=weight.shape[1], vocab_size=weight.shape[0], **options)
         for output in drafter.outputs:
@@ -146,17 +148,17 @@ class Medusa(RankDrafter):
 
     # The heads ----------------------------------------------------------------------------------------------------------
 
-    def forward(self, hidden: Tensor, lm_head: Tensor | None = None) -> Tensor:
-        """Logits ``(..., K, V)`` of the heads for hidden states ``(..., H)``; ``lm_head (V, H)`` where it is shared."""
+    def forward(self, hidden: Tensor, lm_head: nn.Module | None = None) -> Tensor:
+        """Logits ``(..., K, V)`` of the heads for hidden states ``(..., H)``; ``lm_head`` is the model's, where it is shared."""
         states = [block(hidden) for block in self.blocks]
         if self.share_lm_head:
             assert lm_head is not None
-            return F.linear(torch.stack(states, dim=-2), lm_head)
+            return cast(Tensor, lm_head(torch.stack(states, dim=-2)))
         return torch.stack([output(state) for output, state in zip(self.outputs, states, strict=True)], dim=-2)
 
     def candidates(self, hidden: Tensor) -> Tensor:
         """The best tokens of every head ``(..., K, ranks)``, as many ranks as the tree has."""
-        logits = self(hidden, output_weight(self.target) if self.share_lm_head else None)
+        logits = self(hidden, self.target.get_output_embeddings() if self.share_lm_head else None)
         vocabulary = self.target.config.get_text_config(decoder=True).vocab_size
         return logits[..., :vocabulary].topk(min(self.tree.ranks, vocabulary), dim=-1).indices
 
@@ -166,18 +168,18 @@ class Medusa(RankDrafter):
         """Cross-entropy of head k at t with the text's token t + k + 1, weighted by ``weighting``; the model is frozen."""
         with torch.no_grad():
             hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
-        return self.head_loss(hidden, input_ids, output_weight(model).detach(), labels)
+        return self.head_loss(model, hidden, input_ids, labels)
 
     def head_loss(
-        self, hidden: Tensor, input_ids: Tensor, lm_head: Tensor, labels: Tensor | None = None
+        self, model: PreTrainedModel, hidden: Tensor, input_ids: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss on given hidden states ``(B, T, H)``; labels of -100 are not counted."""
+        """The loss on given hidden states ``(B, T, H)`` of the model; labels of -100 are not counted."""
         labels = input_ids if labels is None else labels
         total: Tensor = hidden.new_zeros((), dtype=torch.float32)
         figures: dict[str, Tensor] = {}
         for k, block in enumerate(self.blocks, start=1):
             state = block(hidden[:, : -k - 1])
-            logits = F.linear(state, lm_head) if self.share_lm_head else self.outputs[k - 1](state)
+            logits = model_logits(model, state) if self.share_lm_head else self.outputs[k - 1](state)
             wanted = labels[:, k + 1 :]
             loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")
             loss = loss / (wanted != -100).sum().clamp(min=1)
@@ -212,7 +214,7 @@ class Medusa(RankDrafter):
         for batch in rows.to(model_device(model)).split(8):
             hidden = model.get_decoder()(input_ids=batch, use_cache=False).last_hidden_state
             found.append(self.candidates(hidden))
-            chosen.append(F.linear(hidden, output_weight(model)).argmax(-1))
+            chosen.append(model_logits(model, hidden).argmax(-1))
         accuracies, hits = rank_accuracies(torch.cat(found), torch.cat(chosen), prompt=prompt)
         self.set_tree(best_tree(accuracies, max_nodes), accuracies)
         empirical = torch.ones(())

@@ -123,6 +123,34 @@ def output_weight(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, head.weight)
 
 
+class _Final:
+    """What a decoder returns, with given hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: int) -> Tensor | None:
+        return self.last_hidden_state if place == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def model_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The model's logits ``(B, T, V)`` for hidden states ``(B, T, H)`` after the final norm.
+
+    By the model's own code, with a stand-in for its decoder: families differ in what they do around the output head (Phi has a
+    bias, Cohere and Granite scale, Gemma 2 caps).
+    """
+    decoder = cast(Any, model.get_decoder())
+    decoder.forward = lambda *args, **kwargs: _Final(hidden)  # the instance's, over its class's
+    try:
+        tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+        return cast(Tensor, model(input_ids=tokens, use_cache=False).logits)
+    finally:
+        del decoder.forward
+
+
 class RankTree:
     """A cartesian tree: a node of depth i with last rank r carries the r-th candidate of step i, whatever its parent is.
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from heedful.decoding.medusa import Medusa
-from heedful.decoding.trained import mean_where
+from heedful.decoding.trained import mean_where, model_logits
 from heedful.training.drafting import PackedRows, is_main_process, own_text, rows_of, train_drafter
 
 
@@ -130,8 +130,7 @@ class _Joint(Medusa):
         settings = self.joint
         output = model.get_base_model().get_decoder()(input_ids=input_ids, use_cache=False)  # type: ignore[operator]
         hidden = output.last_hidden_state
-        head = settings["base"].get_output_embeddings()
-        logits = head(hidden[:, :-1]).float()
+        logits = model_logits(settings["base"], hidden[:, :-1]).float()
         wanted = (input_ids if labels is None else labels)[:, 1:]
         if settings["distill"]:
             with torch.no_grad(), model.disable_adapter():  # type: ignore[operator]
@@ -142,14 +141,8 @@ class _Joint(Medusa):
         own = mean_where(losses, wanted)
         if settings["schedule"] == "sine":
             self.scale = settings["weight"] * math.sin(math.pi / 2 * self.trained_share)
-        heads, figures = self.head_loss(hidden, input_ids, _output_weight(head), labels)
+        heads, figures = self.head_loss(settings["base"], hidden, input_ids, labels)
         return own + heads, {"model_loss": own.detach(), **figures}
-
-
-def _output_weight(head: Any) -> Tensor:
-    """The output head's weight as it will be when its LoRA, if it has one, is merged."""
-    weight = cast(Tensor, head.weight)
-    return weight + head.get_delta_weight("default") if hasattr(head, "get_delta_weight") else weight
 
 
 def _train_together(
