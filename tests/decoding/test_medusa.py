@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, build, inputs
+from tiny_models import build, inputs
 
 import heedful
 from heedful.decoding import HiddenTransfer, Medusa, hidden_transfer, medusa
@@ -16,7 +16,6 @@ from heedful.decoding.trained import (
     RankTree,
     best_tree,
     expected_length,
-    model_logits,
     path_chances,
     rank_accuracies,
 )

@@ -243,6 +243,37 @@ def test_medusa_2_tunes_model_and_heads(text, tmp_path, distill, tied):
     assert type(Medusa.from_pretrained(out)) is Medusa
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_run_killed_while_it_calibrates_has_lost_nothing(text, tmp_path, monkeypatch, stage):
+    """All steps are done: called again, it takes none and calibrates."""
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    found = []
+    for name in ("killed", "whole"):
+        torch.manual_seed(0)
+        model = build("llama")
+        drafter = Medusa.for_model(model, num_heads=2)
+        options = SMALL | {"stage": stage, "drafter": drafter, "max_nodes": 3, "calibration_rows": 2}
+        if name == "killed":
+            with monkeypatch.context() as patch:
+                patch.setattr(Medusa, "calibrate", killed)
+                with pytest.raises(KeyboardInterrupt):
+                    train_medusa(model, Letters(), text, tmp_path / name, **options)
+            assert not (tmp_path / name / "model.safetensors").exists()
+            torch.manual_seed(0)
+            model = build("llama")
+            options["drafter"] = drafter = Medusa.for_model(model, num_heads=2)
+            monkeypatch.setattr(drafter, "loss", killed)
+        train_medusa(model, Letters(), text, tmp_path / name, **options)
+        found.append(Medusa.from_pretrained(tmp_path / name))
+        assert not (tmp_path / name / "training" / "checkpoint.pt").exists()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*(d.parameters() for d in found), strict=True))
+    assert found[0].tree.paths == found[1].tree.paths
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
 def test_a_schedule_goes_on_where_it_was_killed(text, tmp_path):
     weights = []
     for stop in (None, 2):

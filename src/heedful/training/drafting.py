@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -190,6 +190,7 @@ def train_drafter(
     resume: bool = True,
     progress: bool = True,
     stop_after: int | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> Path:
     """Trains a drafter on text and writes a folder that its ``from_pretrained`` loads.
 
@@ -215,6 +216,8 @@ def train_drafter(
         joint_groups: parameter groups of the model that are trained as well (Medusa-2).
         checkpoint_every: steps between checkpoints. resume: go on from one if it is there.
         progress: a bar on stderr. stop_after: leave, with a checkpoint, after that step.
+        finish: called when all steps are done and before the drafter is written, to calibrate it for instance; a run that is
+            killed in it goes on from the last step.
 
     Returns:
         ``out``.
@@ -317,8 +320,12 @@ def train_drafter(
             if step + 1 == stop_after:
                 return out
     drafter.eval()
+    if finish is not None:
+        if done < steps:
+            save_checkpoint(steps)
+        finish()
     if accelerator.is_main_process:
-        drafter.save_pretrained(out)
+        drafter.float().save_pretrained(out)
         checkpoint.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return out

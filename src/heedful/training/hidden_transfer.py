@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.decoding.hidden_transfer import HiddenTransfer
-from heedful.training.drafting import PackedRows, is_main_process, own_text, rows_of, train_drafter
+from heedful.training.drafting import PackedRows, own_text, rows_of, train_drafter
 
 
 def train_hidden_transfer(
@@ -64,7 +64,12 @@ def train_hidden_transfer(
         model, num_transfer_steps=num_transfer_steps, transfer_layers=transfer_layers, source=source
     )
     drafter.hard_labels = hard_labels
-    out = train_drafter(
+
+    def calibrate() -> None:
+        prompts = rows.of(64, seed + 1).batch(0, range(calibration_rows))
+        drafter.calibrate(model, own_text(model, prompts), max_nodes, prompt=64)
+
+    return train_drafter(
         drafter,
         model,
         tokenizer,
@@ -75,11 +80,6 @@ def train_hidden_transfer(
         length=length,
         lr=lr,
         seed=seed,
+        finish=calibrate if calibration_rows else None,
         **options,
     )
-    if calibration_rows and "stop_after" not in options:
-        prompts = rows.of(64, seed + 1).batch(0, range(calibration_rows))
-        drafter.calibrate(model, own_text(model, prompts), max_nodes, prompt=64)
-        if is_main_process():
-            drafter.float().save_pretrained(out)
-    return out

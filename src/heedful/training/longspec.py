@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.decoding.longspec import LongSpec
-from heedful.training.drafting import PackedRows, is_main_process, rows_of, train_drafter
+from heedful.training.drafting import PackedRows, rows_of, train_drafter
 
 
 def train_longspec(
@@ -71,12 +71,11 @@ def train_longspec(
     length = length or (1024 if stage == 1 else longest)
     rows = rows_of(data, tokenizer, length, seed)
     drafter = drafter or LongSpec.for_model(model, tree_shape=tree_shape)
-    out = train_drafter(
-        drafter, model, tokenizer, rows, out, steps=steps, batch_size=batch_size, length=length, seed=seed,
-        lr=lr or (5e-4 if stage == 1 else 5e-6), betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, **options,
-    )  # fmt: skip
-    if calibration_rows and "stop_after" not in options:
+
+    def calibrate() -> None:
         drafter.calibrate(model, rows.of(64, seed + 1).batch(0, range(calibration_rows)))
-        if is_main_process():
-            drafter.float().save_pretrained(out)
-    return out
+
+    return train_drafter(
+        drafter, model, tokenizer, rows, out, steps=steps, batch_size=batch_size, length=length, seed=seed,
+        lr=lr or (5e-4 if stage == 1 else 5e-6), betas=(0.9, 0.95), weight_decay=0.1, clip=1.0, finish=calibrate if calibration_rows else None, **options,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,30 +93,21 @@ def train_medusa(
         model, num_heads=num_heads, num_layers=num_layers, share_lm_head=share_lm_head
     )
     drafter.weighting, drafter.scale = weighting, head_weight
-    out = Path(out)
     common = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, **options}
+
+    def calibrate(target: PreTrainedModel) -> None:
+        if calibration_rows:
+            prompts = rows.of(64, seed + 1).batch(0, range(calibration_rows))
+            drafter.calibrate(target, own_text(target, prompts), max_nodes, prompt=64)
+
     if stage == 1:
-        train_drafter(drafter, model, tokenizer, rows, out, lr=1e-3 if lr is None else lr, **common)
-        tuned = model
-    else:
-        tuned = _train_together(
-            drafter,
-            model,
-            tokenizer,
-            rows,
-            out,
-            4e-4 if lr is None else lr,
-            head_weight,
-            head_weight_schedule,
-            distill,
-            common,
-        )
-    if calibration_rows and "stop_after" not in options:
-        prompts = rows.of(64, seed + 1).batch(0, range(calibration_rows))
-        drafter.calibrate(tuned, own_text(tuned, prompts), max_nodes, prompt=64)
-        if is_main_process():
-            drafter.float().save_pretrained(out)
-    return out
+        return train_drafter(
+            drafter, model, tokenizer, rows, out, lr=1e-3 if lr is None else lr, finish=lambda: calibrate(model), **common
+        )  # fmt: skip
+    return _train_together(
+        drafter, model, tokenizer, rows, Path(out), 4e-4 if lr is None else lr, head_weight, head_weight_schedule, distill,
+        calibrate, common,
+    )  # fmt: skip
 
 
 class _Joint(Medusa):
@@ -147,8 +138,8 @@ class _Joint(Medusa):
 
 def _train_together(
     drafter: Medusa, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: PackedRows, out: Path, lr: float,
-    weight: float, schedule: str, distill: bool, common: dict[str, Any],
-) -> PreTrainedModel:  # fmt: skip
+    weight: float, schedule: str, distill: bool, calibrate: Callable[[PreTrainedModel], None], common: dict[str, Any],
+) -> Path:  # fmt: skip
     from peft import LoraConfig, get_peft_model
 
     linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
@@ -162,17 +153,22 @@ def _train_together(
     cast(Any, drafter).joint = {
         "base": model, "distill": distill, "schedule": schedule, "weight": weight,
     }  # fmt: skip
+
+    def finish() -> None:
+        merged = cast(PreTrainedModel, adapted.merge_and_unload()).eval()
+        calibrate(merged)
+        if is_main_process():
+            merged.save_pretrained(out / "model")
+            tokenizer.save_pretrained(out / "model")
+
     drafter.__class__ = _Joint
     try:
-        train_drafter(drafter, cast(Any, adapted), tokenizer, rows, out, lr=lr, joint_groups=groups, **common)
+        return train_drafter(
+            drafter, cast(Any, adapted), tokenizer, rows, out, lr=lr, joint_groups=groups, finish=finish, **common
+        )
     finally:
         drafter.__class__ = plain
         del cast(Any, drafter).joint
-    merged = cast(PreTrainedModel, adapted.merge_and_unload()).eval()
-    if "stop_after" not in common and is_main_process():
-        merged.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
-    return merged
 
 
 def self_distill(
