@@ -317,5 +317,9 @@ def test_typical_acceptance_keeps_nothing_or_everything_at_its_extremes():
         heedful.generate(model, drafter=drafter, repetition_penalty=1.2, **given, **typical)
     with pytest.raises(ValueError, match="eager engine"):
         heedful.generate(model, drafter=drafter, engine="graph", **given, **typical)
+    with pytest.raises(ValueError, match="posterior_alpha must not be negative"):
+        heedful.generate(model, drafter=drafter, posterior_alpha=-1.0, **given, **typical)
+    with pytest.raises(ValueError, match="posterior_threshold belongs to acceptance='typical'"):
+        heedful.generate(model, drafter=drafter, posterior_threshold=0.09, **given, **GREEDY)
     with pytest.raises(ValueError, match="'exact' or 'typical'"):
         heedful.generate(model, drafter=drafter, **given, **typical | {"acceptance": "likely"})

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import heedful
 from heedful.interp import Needle, NeedleRecall, needle_prompts, needle_recall
 from heedful.interp.answers import is_right
+from heedful.kernels import HiPAttention
 
 
 def sentencepiece_like(text, appends_eos=False):
@@ -194,6 +196,16 @@ def test_prompts_beyond_the_context_and_unknown_variants_are_refused(retriever):
         needle_recall(model, tokenizer, haystack, needles, lengths=[60], variant="teacher-forced", max_new_tokens=5)
     with pytest.raises(ValueError, match="must be at least 1"):
         needle_recall(model, tokenizer, haystack, needles, lengths=[60], batch_size=0)
+
+
+def test_prompts_beyond_the_context_are_read_under_an_extension(retriever):
+    model, tokenizer, haystack, needles = retriever
+    sizes = {"sliding_window": 32, "num_sink_tokens": 4, "block_size_q": 16}
+    with heedful.attach(model, HiPAttention(top_k=64, **sizes)), pytest.raises(ValueError, match="context is 256"):
+        needle_recall(model, tokenizer, haystack, needles, lengths=[300])
+    with heedful.attach(model, HiPAttention(top_k=64, trained_length=256, **sizes)):
+        recall = needle_recall(model, tokenizer, haystack, needles, lengths=[300], instances=2)
+    assert recall.recall == 1.0
 
 
 def test_training_mode_and_gradients_come_back(retriever):

@@ -54,8 +54,8 @@ def generate(
     acceptance: str = "exact",
     engine: str = "auto",
     compile: bool = False,
-    posterior_threshold: float = 0.09,
-    posterior_alpha: float = 0.3,
+    posterior_threshold: float | None = None,
+    posterior_alpha: float | None = None,
     **kwargs: Any,
 ) -> Generation:
     """Generates what ``model.generate`` generates, with several tokens per forward of the model.
@@ -80,7 +80,7 @@ def generate(
         streamer: a `transformers` streamer, at batch size 1.
         acceptance: ``"exact"``; or ``"typical"``, Medusa's typical acceptance, which is LOSSY: a draft is kept where the model
             gives it more than ``min(posterior_threshold, posterior_alpha exp(-entropy))``, in the eager engine.
-        posterior_threshold, posterior_alpha: of typical acceptance.
+        posterior_threshold, posterior_alpha: of typical acceptance alone. Default None: 0.09 and 0.3.
         engine: ``"graph"``: a static cache and steps captured as CUDA graphs; ``"eager"``: a forward of the model called step
             by step; ``"auto"``: graphs on a CUDA device wherever they can be exact, else eager. In graphs sampling agrees with
             ``model.generate`` in distribution, not token for token under a seed. Graphs and their cache stay with the model for
@@ -120,8 +120,8 @@ def custom_generate(
     acceptance: str = "exact",
     engine: str = "auto",
     compile: bool = False,
-    posterior_threshold: float = 0.09,
-    posterior_alpha: float = 0.3,
+    posterior_threshold: float | None = None,
+    posterior_alpha: float | None = None,
 ) -> _Run:
     """The engine as a callable for transformers: ``model.generate(..., custom_generate=custom_generate(drafter))``.
 
@@ -150,8 +150,8 @@ class _Run:
         acceptance: str,
         engine: str,
         compile: bool,
-        threshold: float,
-        alpha: float,
+        threshold: float | None,
+        alpha: float | None,
     ) -> None:
         if drafter is not None and not isinstance(drafter, Drafter):
             raise TypeError(f"drafter must be a heedful.decoding.Drafter or None, got {type(drafter).__name__}")
@@ -159,17 +159,21 @@ class _Run:
             raise ValueError(f"acceptance must be 'exact' or 'typical' (lossy), got {acceptance!r}")
         if acceptance == "typical" and (engine == "graph" or compile):
             raise ValueError("acceptance='typical' runs in the eager engine; leave engine and compile out")
-        if threshold < 0 or alpha < 0:
-            raise ValueError(
-                f"posterior_threshold and posterior_alpha must not be negative, got {threshold} and {alpha}"
-            )
+        given = {"posterior_threshold": threshold, "posterior_alpha": alpha}
+        for name, value in given.items():
+            if value is not None and acceptance == "exact":
+                raise ValueError(f"{name} belongs to acceptance='typical', which is lossy; exact acceptance has none")
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
         if engine not in ("auto", "graph", "eager"):
             raise ValueError(f"engine must be 'auto', 'graph' or 'eager', got {engine!r}")
         if compile and engine == "eager":
             raise ValueError("compile=True compiles the steps of engine='graph'; leave engine out or leave compile out")
         self.drafter, self.streamer = drafter, streamer
         self.engine, self.compile = engine, compile
-        self.typical = {"posterior_threshold": threshold, "posterior_alpha": alpha} if acceptance == "typical" else None
+        self.typical = None
+        if acceptance == "typical":
+            self.typical = {name: value for name, value in given.items() if value is not None}
         self.stats: DecodingStats | None = None
 
     def __call__(

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from heedful.seam import Edit, Kernel, Probe, attach
+from heedful.seam.discovery import sites_in
 
 if TYPE_CHECKING:
     from heedful.interp.needles import NeedlePrompt
@@ -209,8 +210,11 @@ def answer_prompts(
         raise ValueError(f"{type(model).__name__} predicts no tokens; load it with AutoModelForCausalLM")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(prompt.input_ids) + (max_new_tokens or len(prompt.answer_ids)) for prompt in prompts)
-    if context is not None and longest > context:
-        raise ValueError(f"prompt and answer take {longest} tokens, the model's context is {context}; lower lengths")
+    if context is not None and longest > context and not _extended(model):
+        raise ValueError(
+            f"prompt and answer take {longest} tokens, the model's context is {context}; lower lengths, or attach a kernel "
+            "that extends it, as HiPAttention(trained_length=...) does"
+        )
 
     ends = _end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -236,6 +240,11 @@ def answer_prompts(
         yield Answered(indices, group, answers, batch.pads, probe)
         if progress is not None:
             progress(min(start + batch_size, len(order)), len(order))
+
+
+def _extended(model: torch.nn.Module) -> bool:
+    parts = [selected.part for site in sites_in(model) for selected in site.selected()]
+    return any(isinstance(part, Kernel) and part.extends_context for part in parts)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -89,10 +89,12 @@ class Kernel(Part, ABC):
             does not is refused inside `heedful.generate` when tokens are drafted. Default False.
         has_probabilities: Whether the kernel's output is the masked softmax of all keys, so that `logits` and
             `probabilities` parts may act on its layers. Default False: such parts are refused there.
+        extends_context: Whether texts longer than the model's own context can be read under it. Default False.
     """
 
     honours_mask: ClassVar[bool] = False
     has_probabilities: ClassVar[bool] = False
+    extends_context: bool = False
 
     @abstractmethod
     def __call__(self, call: AttentionCall) -> Tensor:

@@ -283,6 +283,9 @@ def train_drafter(
             checkpoint.with_suffix(".tmp").replace(checkpoint)
         accelerator.wait_for_everyone()
 
+    if stop_after is not None and done >= stop_after:
+        return out
+
     places = range(accelerator.process_index, batch_size, accelerator.num_processes)
     began = time.perf_counter()
     with _bar(steps, done, progress and accelerator.is_main_process) as bar:

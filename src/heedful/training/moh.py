@@ -177,6 +177,9 @@ def train_moh(
         optimiser.load_state_dict(state["optimiser"])
         done, seen = state["step"], state["tokens"]
 
+    if stop_after is not None and done >= stop_after:
+        return out
+
     began, before = time.perf_counter(), seen
     with _bar(steps, done, progress and accelerator.is_main_process) as bar:
         for step in range(done, steps):

@@ -262,6 +262,9 @@ def train_sinklora(
             checkpoint.with_suffix(".tmp").replace(checkpoint)
         accelerator.wait_for_everyone()
 
+    if stop_after is not None and done >= stop_after:
+        return out
+
     own = list(range(accelerator.process_index, batch_size, processes))
     micro_steps = len(own) // micro_batch_size
     began = time.perf_counter()

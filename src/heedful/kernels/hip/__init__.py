@@ -178,6 +178,7 @@ class HiPAttention(Kernel):
         self.trained_length = trained_length
         self._window = max(sliding_window, (block_size_q if stages is None else stages[0][0]) - 1)
         self._keys_a_row = self._window + num_sink_tokens + top_k
+        self.extends_context = trained_length is not None
         if trained_length is not None:
             check_size("trained_length", trained_length, 1)
             self._check_extension(trained_length)
