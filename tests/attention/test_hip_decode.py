@@ -137,7 +137,7 @@ def test_an_empty_batch():
     ("change", "message"),
     [
         ({"query": torch.zeros(2, 4, 2, 8)}, "query must be"),
-        ({"key": torch.zeros(2, 3, 50, 8)}, "key must be"),
+        ({"key": torch.zeros(2, 3, 50, 8)}, "not a multiple of the 3 heads"),
         ({"value": torch.zeros(2, 2, 49, 8)}, "value must be"),
         ({"value": torch.zeros(2, 2, 50, 8, dtype=torch.float64)}, "value is torch.float64"),
         ({"lengths": torch.tensor([5.0, 5.0])}, "lengths must be"),

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from heedful.attention.head_routing import reference
+from heedful.attention.inputs import (
+    HAS_TRITON,
+    check_attention_mask,
+    check_count,
+    check_impl,
+    check_positive,
+    check_qkv,
+    in_autocast_dtype,
+    kernels_refuse,
+    refuse_triton,
+    wants_kernels,
+)
 
 __all__ = ["HeadDispatch", "choose_heads", "dispatch_heads", "routed_attention", "routed_output", "routed_projection"]
 
-_IMPLEMENTATIONS = ("auto", "reference", "triton")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: a traced call must not look
 _MOST_TOKENS = 2**31 - 1
 
 
@@ -43,7 +52,7 @@ def dispatch_heads(active: Tensor) -> HeadDispatch:
     """
     if active.dtype != torch.bool or active.ndim != 3:
         raise ValueError(f"active must be bool (B, T, H), got {active.dtype} of shape {tuple(active.shape)}")
-    if active.is_cuda and _HAS_TRITON and active.numel():
+    if active.is_cuda and HAS_TRITON and active.numel():
         from heedful.attention.head_routing import triton
 
         return HeadDispatch(active, *triton.dispatch_heads_op(active))
@@ -89,7 +98,7 @@ def choose_heads(scores: Tensor, k: int) -> Tensor:
     if not 0 <= k <= scores.shape[-1]:
         raise ValueError(f"k must be 0 to the {scores.shape[-1]} heads, got {k}")
     scores = scores.detach()
-    if scores.is_cuda and _HAS_TRITON and scores.dtype == torch.float32 and scores.numel():
+    if scores.is_cuda and HAS_TRITON and scores.dtype == torch.float32 and scores.numel():
         from heedful.attention.head_routing import triton
 
         return triton.choose_heads_op(scores, k)
@@ -157,8 +166,7 @@ def routed_attention(
         computes all heads and multiplies by 0).
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     _check_attention(query, key, value, causal, window, attention_mask, scale, impl)
     batch, heads, length, dim = query.shape
     chosen = active.active if isinstance(active, HeadDispatch) else active
@@ -221,8 +229,7 @@ def routed_projection(
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+    x, weight = in_autocast_dtype(x, weight)
     bias = bias if bias is None else bias.to(x.dtype)
     chosen = _check_product("x", x, x.shape[-1:], weight, active, impl)
     if bias is not None and bias.shape != (weight.shape[0], weight.shape[2]):
@@ -278,8 +285,7 @@ def routed_output(
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842.
     """
     device = heads.device.type
-    if torch.is_autocast_enabled(device):
-        heads, weight = (t.to(torch.get_autocast_dtype(device)) for t in (heads, weight))
+    heads, weight = in_autocast_dtype(heads, weight)
     chosen = _check_product("heads", heads, heads.shape[2:], weight, active, impl)
     most = weight.shape[0] if most is None else most
     if not 1 <= most <= weight.shape[0]:
@@ -302,8 +308,7 @@ def _check_product(
     name: str, x: Tensor, last: torch.Size, weight: Tensor, active: Tensor | HeadDispatch, impl: str
 ) -> Tensor:
     """The choice, of a product of `x (B, T, *last)` with one matrix a head."""
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    check_impl(impl)
     chosen = active.active if isinstance(active, HeadDispatch) else active
     wanted = "(B, T, C)" if name == "x" else "(B, T, H, D)"
     fits = weight.ndim == 3 and tuple(last) == tuple(weight.shape[1:2] if name == "x" else weight.shape[:2])
@@ -325,25 +330,13 @@ def _use_triton(impl: str, x: Tensor, value_dim: int | None) -> bool:
     Raises:
         ValueError: If they were asked for by name and cannot.
     """
-    if impl == "reference" or (impl == "auto" and not x.is_cuda):
+    if not wants_kernels(impl, x):
         return False
-    reason = None
-    dim = x.shape[-1]
-    if not _HAS_TRITON:
-        reason = "needs the package triton, which is not installed"
-    elif x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        reason = f"takes float32, bfloat16 and float16, not {x.dtype}"
-    elif value_dim is not None and (dim not in (16, 32, 64, 128, 256) or value_dim != dim):
-        reason = f"takes D = Dv = 16, 32, 64, 128 or 256, not D = {dim} and Dv = {value_dim}"
-    elif x.numel() // dim > _MOST_TOKENS:
+    reason = kernels_refuse(x, value_dim)
+    if x.numel() // x.shape[-1] > _MOST_TOKENS:
         reason = f"takes at most {_MOST_TOKENS} tokens and heads in a call"
-    elif not x.is_cuda:
-        from heedful.attention.head_routing import triton
-
-        if not triton.INTERPRETED:
-            reason = f"runs on CUDA devices, not on {x.device} (or set TRITON_INTERPRET=1 before triton is imported)"
     if reason is not None and impl == "triton":
-        raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+        refuse_triton(reason)
     return reason is None
 
 
@@ -351,36 +344,16 @@ def _check_attention(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None, attention_mask: Tensor | None,
     scale: float | None, impl: str,
 ) -> None:  # fmt: skip
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4 or not tensor.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating-point (B, H, T, D), got {tensor.dtype} of shape {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
-            )
-    batch, heads, length, dim = query.shape
-    kv_heads, keys = key.shape[1:3]
-    if key.shape[0] != batch or key.shape[3] != dim or value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"key must be ({batch}, Hkv, Tk, {dim}) and value ({batch}, Hkv, Tk, Dv), got {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of key")
+    check_qkv(query, key, value)
+    length, keys = query.shape[2], key.shape[2]
     if causal and length > keys:
         raise ValueError(
             f"query has {length} rows and key only {keys}: causal rows need their own keys; or set causal=False"
         )
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be an integer of at least 1, or None for no window, got {window!r}")
+    if window is not None:
+        check_count("window", window, 1)
     if window is not None and not causal:
         raise ValueError("window is for causal attention: set causal=True or window=None")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
-    if attention_mask is not None and (attention_mask.dtype != torch.bool or attention_mask.shape != (batch, keys)):
-        raise ValueError(
-            f"attention_mask must be bool (B, Tk) = ({batch}, {keys}), got {attention_mask.dtype} of shape {tuple(attention_mask.shape)}"
-        )
+    check_positive("scale", scale)
+    check_impl(impl)
+    check_attention_mask(attention_mask, key)

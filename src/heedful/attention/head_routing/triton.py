@@ -519,7 +519,6 @@ def _list(active, before, rows, tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr
     tl.store(rows + head.to(tl.int64) * tokens + place, token, mask=chosen)
 
 
-INTERPRETED = not isinstance(_forward, triton.JITFunction)
 DIMS = (16, 32, 64, 128, 256)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +10,21 @@ from torch import Tensor
 
 from heedful.attention.hip import operators, reference
 from heedful.attention.hip.mask import HiPMask, Stage
+from heedful.attention.inputs import (
+    HAS_TRITON,
+    check_attention_mask,
+    check_choice,
+    check_count,
+    check_impl,
+    check_positive,
+    check_qkv,
+    in_autocast_dtype,
+    refuse_triton,
+    wants_kernels,
+)
 
 __all__ = ["HiPMask", "hip_attention"]
 
-_IMPLEMENTATIONS = ("auto", "reference", "triton")
-# Looked up once: a traced call must not look.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _SAMPLE_METHODS = ("center", "first", "last", "random", "oracle")
 
 
@@ -133,8 +141,7 @@ def hip_attention(
         (HiP Attention), Lee, Park, Lee, Suh, Kim, Jeong, Kim, Lee, Jeon, Hwang, arXiv 2406.09827.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     _check_tensors(query, key, value, attention_mask)
     search: dict[str, Any] = {
         "top_k": top_k,
@@ -150,10 +157,8 @@ def hip_attention(
     check_arguments(**search, stages=stages, impl=impl)
     if query.shape[1] % head_group_size:
         raise ValueError(f"query has {query.shape[1]} heads, not a multiple of head_group_size ({head_group_size})")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    check_positive("scale", scale)
+    check_positive("softcap", softcap)
     if sink_logits is not None:
         check_sink_logits(sink_logits, query)
 
@@ -187,14 +192,14 @@ def _backend(
 ) -> Any:
     """The module that computes this call: the reference, or `triton` where it is asked for or can."""
     plain = operators if torch.compiler.is_compiling() else reference
-    if impl == "reference" or (impl == "auto" and not query.is_cuda):
+    if not wants_kernels(impl, query):
         return plain
     reason = None
     leaves = [x for x in (query, key, value, sink_logits) if x is not None]
     by_tree = mask is None and stages is None
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         reason = "has no backward and an input needs a gradient (or call it under torch.no_grad())"
-    elif not _HAS_TRITON:
+    elif not HAS_TRITON:
         reason = "needs the package triton, which is not installed"
     elif by_tree and search["sample_method"] not in ("center", "first", "last"):
         reason = f"takes sample_method 'center', 'first' or 'last', not {search['sample_method']!r}"
@@ -212,7 +217,7 @@ def _backend(
         if reason is None:
             return triton
     if impl == "triton":
-        raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+        refuse_triton(reason)
     return plain
 
 
@@ -262,12 +267,6 @@ def check_sink_logits(sink_logits: Tensor, query: Tensor) -> None:
         raise ValueError(f"sink_logits must be a tensor ({query.shape[1]},) on {query.device}, got {got}")
 
 
-def check_size(name: str, size: int, least: int) -> None:
-    """Raises ValueError unless `size` is an integer of at least `least`."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {size!r}")
-
-
 def check_arguments(
     *,
     top_k: int,
@@ -294,17 +293,15 @@ def check_arguments(
         "head_group_size": head_group_size,
     }
     for name, size in sizes.items():
-        check_size(name, size, 0 if name in ("sliding_window", "num_sink_tokens") else 1)
+        check_count(name, size, 0 if name in ("sliding_window", "num_sink_tokens") else 1)
     if stages is not None:
         _check_stages(stages)
     elif block_stride_q > block_size_q:
         raise ValueError(f"block_stride_q ({block_stride_q}) must not be above block_size_q ({block_size_q})")
     elif block_stride_k > block_size_k:
         raise ValueError(f"block_stride_k ({block_stride_k}) must not be above block_size_k ({block_size_k})")
-    if sample_method not in _SAMPLE_METHODS:
-        raise ValueError(f"sample_method must be one of {', '.join(map(repr, _SAMPLE_METHODS))}, got {sample_method!r}")
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    check_choice("sample_method", sample_method, _SAMPLE_METHODS)
+    check_impl(impl)
 
 
 def _check_stages(stages: Sequence[Stage]) -> None:
@@ -327,34 +324,9 @@ def _check_stages(stages: Sequence[Stage]) -> None:
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (B, H, T, D), got shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
-            )
-        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
-            raise ValueError(f"{name} has no heads, or heads of size 0: shape {tuple(tensor.shape)}")
-    batch, heads, num_queries, dim = query.shape
-    kv_heads, num_keys = key.shape[1:3]
-    if key.shape[0] != batch or key.shape[3] != dim:
-        raise ValueError(f"key must be ({batch}, Hkv, Tk, {dim}) like query, got shape {tuple(key.shape)}")
-    if value.shape[:3] != key.shape[:3]:
+    check_qkv(query, key, value)
+    if query.shape[2] > key.shape[2]:
         raise ValueError(
-            f"value must be ({batch}, {kv_heads}, {num_keys}, Dv) like key, got shape {tuple(value.shape)}"
+            f"query has {query.shape[2]} rows and key only {key.shape[2]}: each row is one of the last keys"
         )
-    if heads % kv_heads:
-        raise ValueError(f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of key")
-    if num_queries > num_keys:
-        raise ValueError(f"query has {num_queries} rows and key only {num_keys}: each row is one of the last keys")
-    if attention_mask is not None:
-        if attention_mask.dtype != torch.bool or attention_mask.shape != (batch, num_keys):
-            raise ValueError(
-                f"attention_mask must be bool ({batch}, {num_keys}), True for real tokens, got {attention_mask.dtype} "
-                f"{tuple(attention_mask.shape)}"
-            )
-        if attention_mask.device != query.device:
-            raise ValueError(f"attention_mask is on {attention_mask.device}, query on {query.device}: move it there")
+    check_attention_mask(attention_mask, key)

@@ -6,19 +6,25 @@ captured in a CUDA graph, refresh included: whether a row's choice is due is dec
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from heedful.attention.hip import check_sink_logits, check_size, reference
+from heedful.attention.hip import check_sink_logits, reference
+from heedful.attention.inputs import (
+    HAS_TRITON,
+    check_count,
+    check_impl,
+    check_positive,
+    check_qkv,
+    in_autocast_dtype,
+    refuse_triton,
+    wants_kernels,
+)
 
 __all__ = ["HiPDecodeState", "hip_decode"]
-
-_IMPLEMENTATIONS = ("auto", "reference", "triton")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # looked up once: a traced call must not look
 
 
 class HiPDecodeState:
@@ -90,7 +96,7 @@ class HiPDecodeState:
             "head_group_size": (head_group_size, 1),
         }
         for name, (size, least) in sizes.items():
-            check_size(name, size, least)
+            check_count(name, size, least)
         if block_stride_k > block_size_k:
             raise ValueError(f"block_stride_k ({block_stride_k}) must not be above block_size_k ({block_size_k})")
         if heads % head_group_size:
@@ -200,8 +206,7 @@ def hip_decode(
         (HiP Attention), Lee, Park, Lee, Suh, Kim, Jeong, Kim, Lee, Jeon, Hwang, arXiv 2406.09827.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     _check(query, key, value, lengths, state, refresh_interval, first_real, scale, softcap, sink_logits, impl)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if 0 in query.shape:
@@ -215,12 +220,12 @@ def _backend(
     query: Tensor, value: Tensor, key: Tensor, sink_logits: Tensor | None, state: HiPDecodeState, impl: str
 ) -> Callable[..., Tensor]:
     """What computes this step: the reference, or the kernels where they are asked for or can."""
-    if impl == "reference" or (impl == "auto" and not query.is_cuda):
+    if not wants_kernels(impl, query):
         return _reference
     leaves = [x for x in (query, key, value, sink_logits) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         reason: str | None = "has no backward and an input needs a gradient (or call it under torch.no_grad())"
-    elif not _HAS_TRITON:
+    elif not HAS_TRITON:
         reason = "needs the package triton, which is not installed"
     else:
         from heedful.attention.hip import triton
@@ -229,7 +234,7 @@ def _backend(
         if reason is None:
             return triton.decode
     if impl == "triton":
-        raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+        refuse_triton(reason)
     return _reference
 
 
@@ -326,21 +331,10 @@ def _check(
     sink_logits: Tensor | None,
     impl: str,
 ) -> None:
-    if query.ndim != 4 or query.shape[2] != 1:
+    check_qkv(query, key, value)
+    batch, heads, rows, _ = query.shape
+    if rows != 1:
         raise ValueError(f"query must be (B, Hq, 1, D), got shape {tuple(query.shape)}; hip_attention takes more rows")
-    batch, heads, _, dim = query.shape
-    if key.ndim != 4 or key.shape[0] != batch or key.shape[3] != dim or key.shape[1] == 0 or heads % key.shape[1]:
-        raise ValueError(
-            f"key must be ({batch}, Hkv, capacity, {dim}) with Hkv a divisor of {heads}, got shape {tuple(key.shape)}"
-        )
-    if value.ndim != 4 or value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value must be {tuple(key.shape[:3])} and Dv, like key, got shape {tuple(value.shape)}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype or tensor.device != query.device or not tensor.is_floating_point():
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}: they must be "
-                "alike, of a floating-point dtype"
-            )
     for name, number in (("lengths", lengths), ("first_real", first_real)):
         if number is None:
             continue
@@ -359,15 +353,12 @@ def _check(
         raise ValueError(
             f"the cache holds {key.shape[2]} tokens, state was made for max_length={state.max_length}; make it larger"
         )
-    check_size("refresh_interval", refresh_interval, 1)
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    check_count("refresh_interval", refresh_interval, 1)
+    check_positive("scale", scale)
+    check_positive("softcap", softcap)
     if sink_logits is not None:
         check_sink_logits(sink_logits, query)
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
+    check_impl(impl)
     if not query.is_cuda and not torch.compiler.is_compiling() and batch:
         shortest, longest = (int(x) for x in lengths.aminmax())
         if shortest < 1 or longest > key.shape[2]:

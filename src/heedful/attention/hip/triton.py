@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from heedful.attention.hip.mask import HiPMask, Stage, layout
+from heedful.attention.interpreter import INTERPRETED
 
 if TYPE_CHECKING:
     from heedful.attention.hip.decode import HiPDecodeState
@@ -611,7 +612,6 @@ def _merge(
     tl.store(output + pid * DV + dims, acc.to(output.dtype.element_ty))
 
 
-INTERPRETED = not isinstance(_attend, triton.JITFunction)
 _PLACES = {"first": 0, "center": 1, "last": 2}
 
 

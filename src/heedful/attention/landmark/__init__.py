@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import torch
 from torch import Tensor
 
+from heedful.attention.inputs import (
+    check_attention_mask,
+    check_device,
+    check_impl,
+    check_positive,
+    check_qkv,
+    in_autocast_dtype,
+    kernels_refuse,
+    refuse_triton,
+    wants_kernels,
+)
 from heedful.attention.landmark import reference
 
 __all__ = ["landmark_attention"]
-
-_IMPLEMENTATIONS = ("auto", "reference", "triton")
-# Looked up once: a traced call must not look.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def landmark_attention(
@@ -78,24 +84,21 @@ def landmark_attention(
         arXiv 2305.16300.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     _check_tensors(query, key, value, is_landmark, attention_mask)
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_impl(impl)
+    check_positive("scale", scale)
     scale = float(query.shape[3] ** -0.5 if scale is None else scale)
     is_landmark = is_landmark.expand(query.shape[0], query.shape[2])
     with torch.autocast(device, enabled=False):  # sums stay float32
-        if impl == "triton" or (impl == "auto" and device == "cuda"):
-            reason = _triton_refuses(query, value)
+        if wants_kernels(impl, query):
+            reason = kernels_refuse(query, value.shape[-1])
             if reason is None:
                 from heedful.attention.landmark import triton
 
                 return triton.landmark_attention(query, key, value, is_landmark, attention_mask, scale)
             if impl == "triton":
-                raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+                refuse_triton(reason)
         return reference.landmark_attention(query, key, value, is_landmark, attention_mask, scale)
 
 
@@ -113,7 +116,7 @@ def attention_with_lse(
     query = query[:, :, query.shape[2] - queries :]
     with torch.no_grad():
         # A few rows are not worth the kernels' tables and copies.
-        if query.is_cuda and queries >= 32 and _triton_refuses(query, value) is None:
+        if query.is_cuda and queries >= 32 and kernels_refuse(query, value.shape[-1]) is None:
             from heedful.attention.landmark import triton
 
             query = torch.nn.functional.pad(query, (0, 0, key.shape[2] - queries, 0))
@@ -123,57 +126,13 @@ def attention_with_lse(
         return reference.attention_with_lse(query, key, value, is_landmark, attention_mask, scale)
 
 
-def _triton_refuses(query: Tensor, value: Tensor) -> str | None:
-    """Why the kernels cannot take these inputs, to follow "impl='triton'"; None if they can."""
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16, not {query.dtype}"
-    dim = query.shape[-1]
-    if dim not in (16, 32, 64, 128, 256) or value.shape[-1] != dim:
-        return f"takes D = Dv = 16, 32, 64, 128 or 256, not D = {dim} and Dv = {value.shape[-1]}"
-    if not _HAS_TRITON:
-        return "needs the package triton, which is not installed"
-    if not query.is_cuda:
-        from heedful.attention.landmark import triton
-
-        if not triton.INTERPRETED:
-            return f"runs on CUDA devices, not on {query.device} (or set TRITON_INTERPRET=1 before triton is imported)"
-    return None
-
-
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, is_landmark: Tensor, mask: Tensor | None) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (B, H, T, D), got shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
-            )
-        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
-            raise ValueError(f"{name} has no head or no dimension: shape {tuple(tensor.shape)}")
-    batch, heads, length, dim = query.shape
-    if key.shape[0] != batch or key.shape[2:] != (length, dim):
-        raise ValueError(
-            f"key must be ({batch}, Hkv, {length}, {dim}) like query, whole rows (with a cache: "
-            f"heedful.layers.LandmarkCache), got shape {tuple(key.shape)}"
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value must be ({batch}, {key.shape[1]}, {length}, Dv) like key, got shape {tuple(value.shape)}"
-        )
-    if heads % key.shape[1]:
-        raise ValueError(f"query has {heads} heads, which is not a multiple of the {key.shape[1]} heads of key")
+    check_qkv(query, key, value, "whole rows; with a cache: heedful.layers.LandmarkCache")
+    batch, _, length, _ = query.shape
     if is_landmark.dtype != torch.bool or is_landmark.shape not in ((length,), (batch, length)):
         raise ValueError(
             f"is_landmark must be bool ({length},) or ({batch}, {length}), True at landmarks, got {is_landmark.dtype} "
             f"{tuple(is_landmark.shape)}; from tokens: input_ids == landmark_token_id"
         )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (batch, length)):
-        raise ValueError(
-            f"attention_mask must be bool ({batch}, {length}), True for real tokens, got {mask.dtype} "
-            f"{tuple(mask.shape)}; convert 0/1 with .bool()"
-        )
-    for name, flags in (("is_landmark", is_landmark), ("attention_mask", mask)):
-        if flags is not None and flags.device != query.device:
-            raise ValueError(f"{name} is on {flags.device}, query on {query.device}: move it there")
+    check_device("is_landmark", is_landmark, query)
+    check_attention_mask(mask, key)

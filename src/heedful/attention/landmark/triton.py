@@ -23,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from heedful.attention.interpreter import INTERPRETED
+
 #: Blocks of a tile at most: the columns of the smallest matrix product.
 SLOTS = tl.constexpr(16)
 # A block whose largest exponential is below this (against the row's largest in the tile) gets a reference of its own.
@@ -802,9 +804,6 @@ def _backward_keys(
     has_gate = (slots < count) & (first + slots < gates)
     at = tl.load(gate_at + batch * length + first + slots, mask=has_gate, other=0)
     tl.store(d_key + (of_kv + at)[:, None] * D + dims[None, :], acc_gate * scale, mask=has_gate[:, None])
-
-
-INTERPRETED = not isinstance(_forward, triton.JITFunction)
 
 
 class _Tile(NamedTuple):

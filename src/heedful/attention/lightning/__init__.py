@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from heedful.attention.inputs import (
+    check_attention_mask,
+    check_count,
+    check_device,
+    check_impl,
+    check_positive,
+    check_qkv,
+    in_autocast_dtype,
+    kernels_refuse,
+    refuse_triton,
+    wants_kernels,
+)
 from heedful.attention.lightning import reference
 
 __all__ = ["alibi_slopes", "lightning_attention"]
-
-_IMPLEMENTATIONS = ("auto", "reference", "triton")
-# Looked up once: a traced call must not look.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def lightning_attention(
@@ -99,23 +105,19 @@ def lightning_attention(
         Shen, Sun, Zhong, arXiv 2401.04658.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     _check(query, key, value, decay, initial_state, attention_mask, cu_seqlens)
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_impl(impl)
+    check_count("chunk_size", chunk_size, 1)
+    check_positive("scale", scale)
     dim = query.shape[3]
     scale = dim**-0.5 if scale is None else float(scale)
 
     with torch.autocast(device, enabled=False):  # sums and states stay float32
-        kernels = impl == "triton" or (impl == "auto" and device == "cuda")
+        kernels = wants_kernels(impl, query)
         reason = _triton_refuses(query, value) if kernels else None
         if impl == "triton" and reason is not None:
-            raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+            refuse_triton(reason)
         arguments: dict[str, Any] = {
             "mask": attention_mask,
             "cu_seqlens": cu_seqlens,
@@ -189,18 +191,9 @@ def slopes(num_heads: int, layer: int | None = None, num_layers: int | None = No
 
 def _triton_refuses(query: Tensor, value: Tensor) -> str | None:
     """Why the kernels cannot take these inputs, to follow "impl='triton'"; None if they can."""
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16, not {query.dtype}"
     if query.shape[3] > 256 or value.shape[3] > 256:
         return f"takes D and E up to 256, not {query.shape[3]} and {value.shape[3]}"
-    if not _HAS_TRITON:
-        return "needs the package triton, which is not installed"
-    if not query.is_cuda:
-        from heedful.attention.lightning import triton
-
-        if not triton.INTERPRETED:
-            return f"runs on CUDA devices, not on {query.device} (or set TRITON_INTERPRET=1 before triton is imported)"
-    return None
+    return kernels_refuse(query)
 
 
 def _check(
@@ -212,48 +205,22 @@ def _check(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (B, H, T, D), got shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
-            )
-        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
-            raise ValueError(f"{name} has no heads or no width: shape {tuple(tensor.shape)}")
+    check_qkv(
+        query, key, value, "linear attention over whole rows; in decoding: the rows that are new, and initial_state"
+    )
     batch, heads, length, dim = query.shape
-    kv_heads = key.shape[1]
-    if key.shape[0] != batch or key.shape[2] != length or key.shape[3] != dim:
-        raise ValueError(f"key must be ({batch}, Hkv, {length}, {dim}) like query, got shape {tuple(key.shape)}")
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(f"value must be ({batch}, {kv_heads}, {length}, E) like key, got shape {tuple(value.shape)}")
-    if heads % kv_heads:
-        raise ValueError(f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of key")
     if decay.shape != (heads,) or not decay.is_floating_point():
         raise ValueError(
             f"decay must be floating-point ({heads},), a rate a query head, got {decay.dtype} {tuple(decay.shape)}"
         )
     if decay.requires_grad:
         raise ValueError("decay takes no gradient: give decay.detach(), or keep it in a buffer")
-    tensors = {
-        "decay": decay,
-        "initial_state": initial_state,
-        "attention_mask": attention_mask,
-        "cu_seqlens": cu_seqlens,
-    }
-    for name, given in tensors.items():
-        if given is not None and given.device != query.device:
-            raise ValueError(f"{name} is on {given.device}, query on {query.device}: move it there")
-    if attention_mask is not None:
-        if attention_mask.dtype != torch.bool or attention_mask.shape != (batch, length):
-            raise ValueError(
-                f"attention_mask must be bool ({batch}, {length}), True for real tokens, got {attention_mask.dtype} "
-                f"{tuple(attention_mask.shape)}"
-            )
-        if cu_seqlens is not None:
-            raise ValueError("give attention_mask (padded rows) or cu_seqlens (packed documents), not both")
+    for name, given in {"decay": decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}.items():
+        if given is not None:
+            check_device(name, given, query)
+    check_attention_mask(attention_mask, key)
+    if attention_mask is not None and cu_seqlens is not None:
+        raise ValueError("give attention_mask (padded rows) or cu_seqlens (packed documents), not both")
     sequences = batch
     if cu_seqlens is not None:
         if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from heedful.attention.interpreter import INTERPRETED
 from heedful.attention.lightning.reference import real_bounds
 
 _UNSPECIALISED = ["length", "segments", "segment_length"]
@@ -327,9 +328,6 @@ def _outputs(
         place = final + (sequence.to(tl.int64) * HEADS + head) * (D * E)
         place += dims[:, None] * stride_final_d + columns[None, :] * stride_final_e
         tl.store(place, state, mask=in_state)
-
-
-INTERPRETED = not isinstance(_outputs, triton.JITFunction)
 
 
 class _Config(NamedTuple):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from heedful.attention.inputs import (
+    check_attention_mask,
+    check_choice,
+    check_count,
+    check_impl,
+    check_positive,
+    check_qkv,
+    in_autocast_dtype,
+    kernels_refuse,
+    refuse_triton,
+    wants_kernels,
+)
 from heedful.attention.shifted import reference
 
 __all__ = ["shifted_sparse_attention"]
 
-_IMPLEMENTATIONS = ("auto", "reference", "triton")
 _BOUNDARIES = ("separate", "wrap")
-
-# Looked up once: a traced call must not look.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def shifted_sparse_attention(
@@ -86,13 +92,12 @@ def shifted_sparse_attention(
         of Long-Context Large Language Models", Chen, Qian, Tang, Lai, Liu, Han, Jia, arXiv 2309.12307 (S2-Attn).
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    _check_tensors(query, key, value, attention_mask)
+    query, key, value = in_autocast_dtype(query, key, value)
+    check_qkv(query, key, value, "self-attention over whole rows, no cache")
+    check_attention_mask(attention_mask, key)
     check_arguments(group_size, shift_ratio, num_sink_tokens, boundary, impl)
     _, heads, length, dim = query.shape
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_positive("scale", scale)
     geometry = reference.Geometry(
         group_size=min(group_size, max(1, length)),
         num_shifted_heads=int(shift_ratio * heads + 0.5),
@@ -101,78 +106,22 @@ def shifted_sparse_attention(
         scale=float(dim**-0.5 if scale is None else scale),
     )
     with torch.autocast(device, enabled=False):  # sums stay float32
-        if impl == "triton" or (impl == "auto" and device == "cuda"):
-            reason = _triton_refuses(query, value)
+        if wants_kernels(impl, query):
+            reason = kernels_refuse(query, value.shape[-1])
             if reason is None:
                 from heedful.attention.shifted import triton
 
                 return triton.shifted_sparse_attention(query, key, value, geometry, attention_mask)
             if impl == "triton":
-                raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+                refuse_triton(reason)
         return reference.shifted_sparse_attention(query, key, value, geometry, attention_mask)
 
 
 def check_arguments(group_size: int, shift_ratio: float, num_sink_tokens: int, boundary: str, impl: str) -> None:
     """Raises ValueError for arguments that do not fit, whatever the tensors are."""
-    if isinstance(group_size, bool) or not isinstance(group_size, int | torch.SymInt) or group_size < 1:
-        raise ValueError(f"group_size must be an integer of at least 1 (tokens), got {group_size!r}")
+    check_count("group_size", group_size, 1)
     if isinstance(shift_ratio, bool) or not isinstance(shift_ratio, int | float) or not 0 <= shift_ratio <= 1:
         raise ValueError(f"shift_ratio must be a share of the heads, from 0 to 1, got {shift_ratio!r}")
-    if isinstance(num_sink_tokens, bool) or not isinstance(num_sink_tokens, int) or num_sink_tokens < 0:
-        raise ValueError(f"num_sink_tokens must be an integer of at least 0, got {num_sink_tokens!r}")
-    if boundary not in _BOUNDARIES:
-        raise ValueError(f"boundary must be one of {', '.join(map(repr, _BOUNDARIES))}, got {boundary!r}")
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
-
-
-def _triton_refuses(query: Tensor, value: Tensor) -> str | None:
-    """Why the kernels cannot take these inputs, to follow "impl='triton'"; None if they can."""
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16, not {query.dtype}"
-    dim = query.shape[-1]
-    if dim not in (16, 32, 64, 128, 256) or value.shape[-1] != dim:
-        return f"takes D = Dv = 16, 32, 64, 128 or 256, not D = {dim} and Dv = {value.shape[-1]}"
-    if not _HAS_TRITON:
-        return "needs the package triton, which is not installed"
-    if not query.is_cuda:
-        from heedful.attention.shifted import triton
-
-        if not triton.INTERPRETED:
-            return f"runs on CUDA devices, not on {query.device} (or set TRITON_INTERPRET=1 before triton is imported)"
-    return None
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (B, H, T, D), got shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
-            )
-        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
-            raise ValueError(f"{name} has no head or no dimension: shape {tuple(tensor.shape)}")
-    batch, heads, length, dim = query.shape
-    if key.shape[0] != batch or key.shape[2:] != (length, dim):
-        raise ValueError(
-            f"key must be ({batch}, Hkv, {length}, {dim}) like query (self-attention over whole rows, no cache), got "
-            f"shape {tuple(key.shape)}"
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value must be ({batch}, {key.shape[1]}, {length}, Dv) like key, got shape {tuple(value.shape)}"
-        )
-    if heads % key.shape[1]:
-        raise ValueError(f"query has {heads} heads, which is not a multiple of the {key.shape[1]} heads of key")
-    if attention_mask is None:
-        return
-    if attention_mask.dtype != torch.bool or attention_mask.shape != (batch, length):
-        raise ValueError(
-            f"attention_mask must be bool ({batch}, {length}), True for real tokens, got {attention_mask.dtype} "
-            f"{tuple(attention_mask.shape)}; convert 0/1 with .bool()"
-        )
-    if attention_mask.device != query.device:
-        raise ValueError(f"attention_mask is on {attention_mask.device}, query on {query.device}: move it there")
+    check_count("num_sink_tokens", num_sink_tokens, 0)
+    check_choice("boundary", boundary, _BOUNDARIES)
+    check_impl(impl)

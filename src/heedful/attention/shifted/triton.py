@@ -485,9 +485,6 @@ def _backward_key(
     tl.store(d_value + place[:, None] + dims[None, :], acc_v.to(d_value.dtype.element_ty), mask=kept)
 
 
-INTERPRETED = not isinstance(_forward, triton.JITFunction)
-
-
 class _Tile(NamedTuple):
     block_m: int  # queries
     block_n: int  # keys

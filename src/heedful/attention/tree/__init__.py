@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from heedful.attention.inputs import (
+    check_count,
+    check_device,
+    check_impl,
+    check_positive,
+    check_qkv,
+    in_autocast_dtype,
+    kernels_refuse,
+    refuse_triton,
+    wants_kernels,
+)
 from heedful.attention.tree import reference
 
 __all__ = ["merge_attention_states", "tree_attention"]
 
-_IMPLEMENTATIONS = ("auto", "reference", "triton")
 _INTEGERS = (torch.int32, torch.int64)
-# Looked up once: a traced call must not look.
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def tree_attention(
@@ -94,19 +101,15 @@ def tree_attention(
         Wang, Pang, Du, An, arXiv 2502.17421 (hybrid tree attention).
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    query, key, value = in_autocast_dtype(query, key, value)
     _check_tensors(query, key, value, tree_mask)
     batch, _, nodes, dim = query.shape
     capacity = key.shape[2]
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, _IMPLEMENTATIONS))}, got {impl!r}")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise ValueError(f"window must be an integer of at least 1, or None for no window, got {window!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+    check_impl(impl)
+    if window is not None:
+        check_count("window", window, 1)
+    check_positive("softcap", softcap)
+    check_positive("scale", scale)
     scale = dim**-0.5 if scale is None else scale
     if prefix_start is not None:
         _check_per_row("prefix_start", prefix_start, query)
@@ -128,14 +131,14 @@ def tree_attention(
 
     options: dict[str, Any] = {"prefix_start": prefix_start, "window": window, "softcap": softcap, "scale": scale}
     with torch.autocast(device, enabled=False):  # sums stay float32
-        if impl == "triton" or (impl == "auto" and device == "cuda"):
-            reason = _triton_refuses(query, key, value)
+        if wants_kernels(impl, query):
+            reason = kernels_refuse(query, value.shape[-1], gradients=(query, key, value))
             if reason is None:
                 from heedful.attention.tree import triton
 
                 return triton.tree_attention(query, key, value, tree_mask, prefix_length, **options)
             if impl == "triton":
-                raise ValueError(f"impl='triton' {reason}; use impl='reference', or 'auto' to choose by the inputs")
+                refuse_triton(reason)
         prefix_length = prefix_length.clamp(0, capacity - nodes)
         return reference.tree_attention(query, key, value, tree_mask, prefix_length, longest=longest, **options)
 
@@ -185,47 +188,10 @@ def merge_attention_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -
     return reference.merge_attention_states(o1, lse1, o2, lse2)
 
 
-def _triton_refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why the kernels cannot take these inputs, to follow "impl='triton'"; None if they can."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
-        return "has no backward and query, key or value needs a gradient (or call it under torch.no_grad())"
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16, not {query.dtype}"
-    dim = query.shape[-1]
-    if dim not in (16, 32, 64, 128, 256) or value.shape[-1] != dim:
-        return f"takes D = Dv = 16, 32, 64, 128 or 256, not D = {dim} and Dv = {value.shape[-1]}"
-    if not _HAS_TRITON:
-        return "needs the package triton, which is not installed"
-    if not query.is_cuda:
-        from heedful.attention.tree import triton
-
-        if not triton.INTERPRETED:
-            return f"runs on CUDA devices, not on {query.device} (or set TRITON_INTERPRET=1 before triton is imported)"
-    return None
-
-
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, tree_mask: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must be (B, H, T, D), got shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
-            )
-        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
-            raise ValueError(f"{name} has no heads, or heads of size 0: shape {tuple(tensor.shape)}")
-    batch, heads, nodes, dim = query.shape
-    kv_heads, capacity = key.shape[1:3]
-    if key.shape[0] != batch or key.shape[3] != dim:
-        raise ValueError(f"key must be ({batch}, Hkv, Tk, {dim}) like query, got shape {tuple(key.shape)}")
-    if value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            f"value must be ({batch}, {kv_heads}, {capacity}, Dv) like key, got shape {tuple(value.shape)}"
-        )
-    if heads % kv_heads:
-        raise ValueError(f"query has {heads} heads, which is not a multiple of the {kv_heads} heads of key")
+    check_qkv(query, key, value)
+    batch, _, nodes, _ = query.shape
+    capacity = key.shape[2]
     if nodes > capacity:
         raise ValueError(f"query has {nodes} rows and key only {capacity}: the keys of the tree must be among them")
     if tree_mask.dtype != torch.bool or tree_mask.shape not in ((nodes, nodes), (batch, nodes, nodes)):
@@ -233,8 +199,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, tree_mask: Tensor)
             f"tree_mask must be bool ({nodes}, {nodes}) or ({batch}, {nodes}, {nodes}), True where a node sees a node, "
             f"got {tree_mask.dtype} {tuple(tree_mask.shape)}"
         )
-    if tree_mask.device != query.device:
-        raise ValueError(f"tree_mask is on {tree_mask.device}, query on {query.device}: move it there")
+    check_device("tree_mask", tree_mask, query)
 
 
 def _check_per_row(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -243,8 +208,7 @@ def _check_per_row(name: str, tensor: Tensor, query: Tensor) -> None:
             f"{name} must be an int32 or int64 tensor of shape ({query.shape[0]},), got {tensor.dtype} "
             f"{tuple(tensor.shape)}"
         )
-    if tensor.device != query.device:
-        raise ValueError(f"{name} is on {tensor.device}, query on {query.device}: move it there")
+    check_device(name, tensor, query)
 
 
 def _check_lengths(shortest: int, longest: int, nodes: int, capacity: int) -> None:

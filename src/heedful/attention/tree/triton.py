@@ -299,9 +299,6 @@ def _merge(
     tl.store(output + at + dims, acc.to(output.dtype.element_ty))
 
 
-INTERPRETED = not isinstance(_attend, triton.JITFunction)
-
-
 class _Config(NamedTuple):
     block_m: int  # rows of a tile
     block_n: int  # keys of a step
