@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from heedful import zoo
 from heedful.training import train_hidden_transfer, train_longspec, train_medusa
-from heedful.training.drafting import PackedRows, own_text
+from heedful.training.drafting import own_text
 from heedful.training.muon import Muon
 from heedful.training.pretrain import build_model
+from heedful.training.rows import PackedRows
 
 SHAPE = {"hidden": 2048, "layers": 8, "heads": 16, "kv_heads": 4, "intermediate": 5632}
 LENGTH, ROWS, ACCUMULATED = 1024, 12, 3

@@ -277,7 +277,7 @@ def classics_experiment(data: Path, steps: int, length: int, count: int, work: P
 
 def train_dense(model: Any, rows: FactRows, options: dict[str, Any]) -> None:
     """The same rows, steps and rates for the model without landmarks."""
-    from heedful.training.drafting import schedule
+    from heedful.training.loop import schedule
 
     model.train()
     parameters = list(model.parameters())

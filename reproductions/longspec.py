@@ -29,7 +29,7 @@ from heedful import zoo
 from heedful.decoding import LongSpec
 from heedful.training import train_longspec
 from heedful.training.corpus import read_books
-from heedful.training.drafting import PackedRows, read_pieces
+from heedful.training.rows import PackedRows, read_pieces
 
 BLOCKS: dict[str, dict[str, int]] = {
     "as in the paper": {},

@@ -32,7 +32,8 @@ from heedful.decoding import Medusa
 from heedful.decoding.medusa import MC_SIM_7B_63
 from heedful.decoding.trained import best_tree, expected_length, model_logits, rank_accuracies
 from heedful.training import train_medusa
-from heedful.training.drafting import PackedRows, own_text, read_pieces
+from heedful.training.drafting import own_text
+from heedful.training.rows import PackedRows, read_pieces
 
 PROMPT = 64
 CHAIN, DEFAULT, BEST = "chain of 4", "mc_sim_7b_63", "calibrated, 63 nodes"

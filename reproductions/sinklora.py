@@ -34,7 +34,7 @@ import heedful
 from heedful.interp import needle_prompts
 from heedful.kernels import H2OAttention, H2OCache
 from heedful.training import extend_context, train_sinklora
-from heedful.training.drafting import PackedRows
+from heedful.training.rows import PackedRows
 
 FACTOR = 4  # of the positions
 METHODS: dict[str, dict[str, Any]] = {

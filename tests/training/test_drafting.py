@@ -15,7 +15,7 @@ import heedful
 from heedful import cli
 from heedful.decoding import HiddenTransfer, LongSpec, Medusa, longspec
 from heedful.training import self_distill, train_drafter, train_hidden_transfer, train_longspec, train_medusa
-from heedful.training.drafting import PackedRows, read_documents, read_pieces
+from heedful.training.rows import PackedRows, read_documents, read_pieces
 
 SMALL = {"steps": 4, "batch_size": 4, "length": 24, "progress": False}
 
@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(text, tmp_path):
     for _ in range(2):  # the second time it is where it should stop
         train_drafter(Medusa.for_model(model), model, Letters(), text, tmp_path / "heads", stop_after=1, **SMALL)
         assert not (tmp_path / "heads" / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="is of a drafter of other sizes"):
+    with pytest.raises(ValueError, match="is of parameters of other sizes"):
         train_drafter(Medusa.for_model(model, num_heads=2), model, Letters(), text, tmp_path / "heads", **SMALL)
 
 

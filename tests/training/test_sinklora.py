@@ -127,7 +127,7 @@ def test_micro_batches_and_checkpointing_change_nothing(text, tmp_path):
 
 
 def test_training_reads_groups_and_full_attention_reads_all(text, tmp_path):
-    rows, first = heedful.training.drafting.PackedRows([text.read_text()], Letters(), 40, seed=0), {}
+    rows, first = heedful.training.rows.PackedRows([text.read_text()], Letters(), 40, seed=0), {}
     batch = rows.batch(0, range(2))
     for name, more, parts in (
         ("full", {"group_size_ratio": 1.0}, []),

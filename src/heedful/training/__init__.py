@@ -1,8 +1,8 @@
 """Recipes as functions: what is trained, on which data, for how long.
 
 Read in this order: recall and wordings (synthetic tasks), corpus (rows of tokens), muon, pretrain, refine, evaluate; for
-drafters drafting (the loop), then medusa, hidden_transfer, longspec, zoo_drafters (those that ship); for long contexts
-sinklora.
+all other recipes rows (their text) and loop (their steps); for drafters drafting, then medusa, hidden_transfer, longspec,
+zoo_drafters (those that ship); to tune a model landmark, moh, sinklora.
 """
 
 from heedful.training.drafting import train_drafter

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.decoding.hidden_transfer import HiddenTransfer
-from heedful.training.drafting import PackedRows, own_text, rows_of, train_drafter
+from heedful.training.drafting import own_text, train_drafter
+from heedful.training.rows import PackedRows, rows_of
 
 
 def train_hidden_transfer(

@@ -5,8 +5,6 @@ After it, the context at inference has no limit, although no row was longer than
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.layers.landmark import convert_to_landmark
 from heedful.layers.landmark.convert import is_landmark_model
-from heedful.training.drafting import PackedRows, _bar, read_pieces, schedule
+from heedful.training.loop import Loop, accelerator_for, schedule
+from heedful.training.rows import PackedRows, read_pieces
 
 
 class RowSource(Protocol):
@@ -103,7 +102,7 @@ def train_landmark(
     Args:
         model: What `heedful.layers.convert_to_landmark` takes, or gave; in float32 (a GPU computes in bfloat16 by autocast).
         tokenizer: The model's.
-        data: A `.txt` or `.jsonl` file (`heedful.training.drafting.read_pieces`), or anything with
+        data: A `.txt` or `.jsonl` file (`heedful.training.rows.read_pieces`), or anything with
             `batch(step, places)`: ids `(n, T)` for the places of a step's batch, or `(ids, weights)`, where a token's
             weight counts in the mean of the loss (0: not trained).
         out: Result folder; `out/training` holds the checkpoint and `log.jsonl`.
@@ -133,29 +132,19 @@ def train_landmark(
         "Landmark Attention: Random-Access Infinite Context Length for Transformers", Mohtashami and Jaggi,
         arXiv 2305.16300.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(
-        mixed_precision="bf16" if torch.cuda.is_available() and model.device.type == "cuda" else "no"
-    )
-    if batch_size < 1 or batch_size % accelerator.num_processes:
-        raise ValueError(f"batch_size={batch_size} is not a multiple of the {accelerator.num_processes} processes")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    accelerator = accelerator_for(steps, batch_size)
     if model.dtype != torch.float32:
         raise ValueError(f"the model is {model.dtype}, in which small updates are lost: give model.float()")
     if not is_landmark_model(model):
         model = convert_to_landmark(
             model, block_size, landmark_token_id=landmark_token_id, top_k=top_k, train_length=length
         )
-    out, work = Path(out), Path(out) / "training"
+    out = Path(out)
     rows = data
     if isinstance(data, str | Path):
         tokens = length - length // (model.config.landmark["block_size"] + 1)
         rows = _TextRows(PackedRows(read_pieces(data), tokenizer, tokens, seed))
     rows = cast(RowSource, rows)
-    if accelerator.is_main_process:
-        work.mkdir(parents=True, exist_ok=True)
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser: Any = torch.optim.AdamW(
@@ -171,66 +160,19 @@ def train_landmark(
     objective, optimiser = accelerator.prepare(objective, optimiser, device_placement=[on_device] * 2)
 
     mark = {"steps": steps, "batch_size": batch_size, "length": length, "seed": seed, "lr": lr, **model.config.landmark}
-    checkpoint = work / "checkpoint.pt"
-    done = 0
-    if resume and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=model.device, weights_only=True)
-        if state["mark"] != mark:
-            raise ValueError(f"{checkpoint} is of a run with {state['mark']}: give another `out`, or resume=False")
-        if [p.shape for p in state["parameters"]] != [p.shape for p in parameters]:
-            raise ValueError(f"{checkpoint} is of a model of other sizes: give another `out`, or resume=False")
-        with torch.no_grad():
-            for parameter, value in zip(parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-        optimiser.load_state_dict(state["optimiser"])
-        done = state["step"]
-
-    def save_checkpoint(step: int) -> None:
-        if accelerator.is_main_process:
-            values = [p.detach() for p in parameters]
-            state = {"mark": mark, "step": step, "parameters": values, "optimiser": optimiser.state_dict()}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-        accelerator.wait_for_everyone()
-
-    if stop_after is not None and done >= stop_after:
+    loop = Loop(
+        accelerator, out, optimiser, mark, steps=steps, batch_size=batch_size, rate=lambda step: schedule(step, steps, warmup),
+        seed=seed, clip=clip, checkpoint_every=checkpoint_every, resume=resume, progress=progress, stop_after=stop_after,
+    )  # fmt: skip
+    for step in loop:
+        batch = rows.batch(step, loop.places)
+        ids, weights = batch if isinstance(batch, tuple) else (batch, None)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            loss = objective(ids.to(model.device), None if weights is None else weights.to(model.device))
+        loop.backward(loss)
+        loop.take({"loss": loss}, batch_size * length)
+    if not loop.complete:
         return out
-
-    places = range(accelerator.process_index, batch_size, accelerator.num_processes)
-    began = time.perf_counter()
-    with _bar(steps, done, progress and accelerator.is_main_process) as bar:
-        for step in range(done, steps):
-            for group in optimiser.param_groups:
-                group["lr"] = lr * schedule(step, steps, warmup)
-            batch = rows.batch(step, places)
-            ids, weights = batch if isinstance(batch, tuple) else (batch, None)
-            with accelerator.autocast():
-                loss = objective(ids.to(model.device), None if weights is None else weights.to(model.device))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(parameters, clip)
-            optimiser.step()
-            optimiser.zero_grad()
-            if step % 10 == 0 or step + 1 == steps:
-                value = float(accelerator.reduce(loss.detach().float(), "mean"))
-                if accelerator.is_main_process:
-                    speed = batch_size * length * (step + 1 - done) / (time.perf_counter() - began)
-                    entry = {
-                        "step": step,
-                        "loss": value,
-                        "lr": lr * schedule(step, steps, warmup),
-                        "positions_per_second": speed,
-                    }
-                    with (work / "log.jsonl").open("a") as log:
-                        log.write(json.dumps(entry) + "\n")
-            bar.update(1)
-            if (step + 1) % checkpoint_every == 0 or step + 1 == stop_after:
-                save_checkpoint(step + 1)
-            if step + 1 == stop_after:
-                return out
     model.eval()
-    if accelerator.is_main_process:
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    loop.finish(model, tokenizer)
     return out

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.decoding.longspec import LongSpec
-from heedful.training.drafting import PackedRows, rows_of, train_drafter
+from heedful.training.drafting import train_drafter
+from heedful.training.rows import PackedRows, rows_of
 
 
 def train_longspec(

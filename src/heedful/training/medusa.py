@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from heedful.decoding.medusa import Medusa
 from heedful.decoding.trained import mean_where, model_logits
-from heedful.training.drafting import PackedRows, is_main_process, own_text, rows_of, train_drafter
+from heedful.training.drafting import is_main_process, own_text, train_drafter
+from heedful.training.rows import PackedRows, rows_of
 
 
 def train_medusa(

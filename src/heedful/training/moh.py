@@ -7,8 +7,6 @@ conversion (which keeps what a small or narrow text would wash out). The choice 
 from __future__ import annotations
 
 import copy
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.layers.moh import balance_loss, convert_to_moh
-from heedful.training.drafting import PackedRows, _bar, read_documents, schedule
+from heedful.training.loop import Loop, accelerator_for, schedule
+from heedful.training.rows import PackedRows, read_documents
 
 CHUNK = 4096  # tokens whose logits are in float32 at a time
 
@@ -107,7 +106,7 @@ def train_moh(
         model: A transformers causal language model, converted here (`heedful.layers.convert_to_moh`) and trained in float32; a GPU
             computes in bfloat16 by autocast.
         tokenizer: Its tokenizer; saved beside it.
-        data: A .txt or .jsonl file (`heedful.training.drafting.read_documents`), or batches by step: a sequence whose item
+        data: A .txt or .jsonl file (`heedful.training.rows.read_documents`), or batches by step: a sequence whose item
             `step` is int64 `(batch, length + 1)`, such as `heedful.training.corpus.Rows`.
         out: Result folder; `out/training` holds the checkpoint and `log.jsonl`.
         active_ratio, shared_ratio: Shares of the query heads that each token has, and that all tokens have.
@@ -136,16 +135,7 @@ def train_moh(
     Paper:
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", Jin, Zhu, Yuan, Yan, arXiv 2410.11842.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(
-        mixed_precision="bf16" if torch.cuda.is_available() and model.device.type == "cuda" else "no"
-    )
-    rank, processes = accelerator.process_index, accelerator.num_processes
-    if batch_size % processes:
-        raise ValueError(f"batch_size={batch_size} is not a multiple of the {processes} processes")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    accelerator = accelerator_for(steps, batch_size)
     convert_to_moh(model, active_ratio, shared_ratio)
     if round(active_ratio * model.config.num_attention_heads) == model.config.num_attention_heads:
         raise ValueError(f"active_ratio={active_ratio} keeps every head: there is nothing to train")
@@ -153,9 +143,7 @@ def train_moh(
     if not isinstance(rows, PackedRows) and len(rows) < steps:
         raise ValueError(f"data has batches for {len(rows)} steps, fewer than steps={steps}")
 
-    out, work = Path(out), Path(out) / "training"
-    if accelerator.is_main_process:
-        work.mkdir(parents=True, exist_ok=True)
+    out = Path(out)
     on_cpu = model.device.type == "cpu"
     model.to(torch.float32).requires_grad_(True)  # type: ignore[arg-type]
     model.to("cpu" if on_cpu else accelerator.device).train()  # type: ignore[arg-type]
@@ -168,59 +156,21 @@ def train_moh(
         "steps": steps, "batch_size": batch_size, "length": length, "seed": seed, "moh": str(model.config.moh), "lr": lr,
         "weight_decay": weight_decay, "warmup": warmup, "clip": clip, "balance": balance, "distillation": distillation,
     }  # fmt: skip
-    checkpoint, done, seen = work / "checkpoint.pt", 0, 0
-    if resume and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=model.device, weights_only=True)
-        if state["mark"] != mark:
-            raise ValueError(f"{checkpoint} is of a run with {state['mark']}: give another `out`, or resume=False")
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        done, seen = state["step"], state["tokens"]
-
-    if stop_after is not None and done >= stop_after:
+    loop = Loop(
+        accelerator, out, optimiser, mark, steps=steps, batch_size=batch_size, rate=lambda step: schedule(step, steps, warmup),
+        seed=seed, clip=clip, checkpoint_every=checkpoint_every, resume=resume, progress=progress, stop_after=stop_after,
+    )  # fmt: skip
+    for step in loop:
+        if isinstance(rows, PackedRows):
+            batch = rows.batch(step, loop.places)
+        else:
+            batch = rows[step][accelerator.process_index :: accelerator.num_processes]
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=not on_cpu):
+            loss, parts = objective(batch.to(model.device))
+        loop.backward(loss)
+        loop.take({"loss": loss, **parts}, accelerator.num_processes * batch[:, 1:].numel())
+    if not loop.complete:
         return out
-
-    began, before = time.perf_counter(), seen
-    with _bar(steps, done, progress and accelerator.is_main_process) as bar:
-        for step in range(done, steps):
-            for group in optimiser.param_groups:
-                group["lr"] = lr * schedule(step, steps, warmup)
-            if isinstance(rows, PackedRows):
-                batch = rows.batch(step, range(rank, batch_size, processes))
-            else:
-                batch = rows[step][rank::processes]
-            seen += processes * batch[:, 1:].numel()
-            with accelerator.autocast():
-                loss, parts = objective(batch.to(model.device))
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(parameters, clip)
-            optimiser.step()
-            optimiser.zero_grad()
-            if step % 10 == 0 or step + 1 == steps:
-                values = accelerator.reduce(torch.stack([loss.detach(), *parts.values()]).float(), "mean").tolist()
-                if accelerator.is_main_process:
-                    entry = {"step": step, **dict(zip(["loss", *parts], values, strict=True))}
-                    entry |= {"lr": optimiser.param_groups[0]["lr"], "tokens": seen}
-                    entry["tokens_per_second"] = (seen - before) / (time.perf_counter() - began)
-                    with (work / "log.jsonl").open("a") as log:
-                        log.write(json.dumps(entry) + "\n")
-            bar.update(1)
-            last = step + 1 == stop_after
-            if last or ((step + 1) % checkpoint_every == 0 and step + 1 < steps):
-                if accelerator.is_main_process:
-                    state = {
-                        "mark": mark, "step": step + 1, "tokens": seen, "model": model.state_dict(),
-                        "optimiser": optimiser.state_dict(),
-                    }  # fmt: skip
-                    torch.save(state, checkpoint.with_suffix(".tmp"))
-                    checkpoint.with_suffix(".tmp").replace(checkpoint)
-                accelerator.wait_for_everyone()
-            if last:
-                return out
     model.eval()
-    if accelerator.is_main_process:
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    loop.finish(model, tokenizer)
     return out

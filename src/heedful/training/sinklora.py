@@ -6,9 +6,7 @@ Read in this order: extend_context (positions), adapt (what is trained), train_s
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from heedful.kernels import ShiftedSparseAttention
 from heedful.seam import attach
-from heedful.training.drafting import PackedRows, _bar, read_documents
+from heedful.training.loop import Loop, accelerator_for
+from heedful.training.rows import PackedRows, read_documents
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -163,7 +162,7 @@ def train_sinklora(
         model: A RoPE model of transformers with its original context, in float32 (a GPU computes in bfloat16 by
             autocast).
         tokenizer: Its tokenizer.
-        data: A .txt or .jsonl file (`heedful.training.drafting.read_documents`), or the rows themselves.
+        data: A .txt or .jsonl file (`heedful.training.rows.read_documents`), or the rows themselves.
         out: Result folder; `out/training` holds the checkpoint and `log.jsonl`.
         length: Tokens of a row: the new context. Default 16384.
         factor: Of the positions. Default None: `ceil(length / max_position_embeddings)`.
@@ -200,17 +199,8 @@ def train_sinklora(
         arXiv 2406.05678; "LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models", Chen et al.,
         arXiv 2309.12307.
     """
-    from accelerate import Accelerator
-
-    on_gpu = model.device.type == "cuda"
-    accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu)
-    processes = accelerator.num_processes
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    if micro_batch_size < 1 or batch_size < 1 or batch_size % (processes * micro_batch_size):
-        raise ValueError(
-            f"batch_size={batch_size} is not a multiple of {processes} processes times micro_batch_size={micro_batch_size}"
-        )
+    accelerator = accelerator_for(steps, batch_size, micro_batch_size)
+    on_device = model.device.type != "cpu"
     parts = []
     if group_size_ratio < 1:
         parts = [
@@ -220,7 +210,7 @@ def train_sinklora(
             )
         ]  # fmt: skip
     rows = data if isinstance(data, PackedRows) else PackedRows(read_documents(data), tokenizer, length, seed)
-    out, work = Path(out), Path(out) / "training"
+    out = Path(out)
     original = cast(Any, model.config).get_text_config(decoder=True).max_position_embeddings
     factor = float(math.ceil(length / original)) if factor is None else factor
     torch.manual_seed(seed)
@@ -229,85 +219,42 @@ def train_sinklora(
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-    prepared, optimiser = accelerator.prepare(adapted, optimiser, device_placement=[on_gpu] * 2)
+    prepared, optimiser = accelerator.prepare(adapted, optimiser, device_placement=[on_device] * 2)
     prepared.train()
     device = parameters[0].device
-    if accelerator.is_main_process:
-        work.mkdir(parents=True, exist_ok=True)
-
     mark = {
         "steps": steps, "batch_size": batch_size, "length": length, "factor": factor, "seed": seed, "rank": rank,
         "alpha": alpha, "dropout": dropout, "lr": lr, "warmup_steps": warmup_steps, "weight_decay": weight_decay, "clip": clip,
         "group_size_ratio": group_size_ratio, "shift_ratio": shift_ratio, "num_sink_tokens": num_sink_tokens,
         "boundary": boundary,
     }  # fmt: skip
-    checkpoint = work / "checkpoint.pt"
-    done = 0
-    if resume and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        if state["mark"] != mark:
-            raise ValueError(f"{checkpoint} is of a run with {state['mark']}: give another `out`, or resume=False")
-        with torch.no_grad():
-            for parameter, value in zip(parameters, state["parameters"], strict=True):
-                parameter.copy_(value)
-        optimiser.load_state_dict(state["optimiser"])
-        done = state["step"]
-
-    def save_checkpoint(step: int) -> None:
-        if accelerator.is_main_process:
-            state = {
-                "mark": mark, "step": step, "parameters": [p.detach() for p in parameters], "optimiser": optimiser.state_dict(),
-            }  # fmt: skip
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-        accelerator.wait_for_everyone()
-
-    if stop_after is not None and done >= stop_after:
-        return out
-
-    own = list(range(accelerator.process_index, batch_size, processes))
-    micro_steps = len(own) // micro_batch_size
-    began = time.perf_counter()
+    loop = Loop(
+        accelerator, out, optimiser, mark, steps=steps, batch_size=batch_size,
+        rate=lambda step: min(1.0, (step + 1) / max(1, warmup_steps)), seed=seed, clip=clip, checkpoint_every=checkpoint_every,
+        resume=resume, progress=progress, stop_after=stop_after,
+    )  # fmt: skip
+    micro_batches = [
+        loop.places[start : start + micro_batch_size] for start in range(0, len(loop.places), micro_batch_size)
+    ]
     attached: Any = attach(prepared, *parts) if parts else contextlib.nullcontext()
-    with attached, _bar(steps, done, progress and accelerator.is_main_process) as bar:
-        for step in range(done, steps):
-            for group in optimiser.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / max(1, warmup_steps))
-            torch.manual_seed(1_000_003 * seed + step)  # dropout: the same after a resume
+    with attached:
+        for step in loop:
             total = torch.zeros((), device=device)
-            for micro in range(micro_steps):
-                places = own[micro * micro_batch_size : (micro + 1) * micro_batch_size]
+            for places in micro_batches:
                 batch = rows.batch(step, places).to(device)
-                last = micro + 1 == micro_steps
+                last = places is micro_batches[-1]
                 with contextlib.nullcontext() if last else accelerator.no_sync(prepared):
-                    with accelerator.autocast():
-                        loss: Tensor = prepared(input_ids=batch, labels=batch, use_cache=False).loss / micro_steps
-                    accelerator.backward(loss)
+                    with torch.autocast(device.type, torch.bfloat16, enabled=on_device):
+                        loss: Tensor = prepared(input_ids=batch, labels=batch, use_cache=False).loss / len(
+                            micro_batches
+                        )
+                    loop.backward(loss)
                 total += loss.detach().float()
-            accelerator.clip_grad_norm_(parameters, clip)
-            optimiser.step()
-            optimiser.zero_grad()
-            if step % 10 == 0 or step + 1 == steps:
-                mean = accelerator.reduce(total, "mean").item()
-                if accelerator.is_main_process:
-                    spent = time.perf_counter() - began
-                    entry = {
-                        "step": step, "loss": mean, "lr": optimiser.param_groups[0]["lr"],
-                        "tokens_per_second": batch_size * length * (step + 1 - done) / spent, "seconds": spent,
-                    }  # fmt: skip
-                    with (work / "log.jsonl").open("a") as log:
-                        log.write(json.dumps(entry) + "\n")
-            bar.update(1)
-            if (step + 1) % checkpoint_every == 0 or step + 1 == stop_after:
-                save_checkpoint(step + 1)
-            if step + 1 == stop_after:
-                return out
+            loop.take({"loss": total}, batch_size * length)
+    if not loop.complete:
+        return out
     if gradient_checkpointing:
         adapted.gradient_checkpointing_disable()
     merged = adapted.merge_and_unload().eval()
-    if accelerator.is_main_process:
-        merged.save_pretrained(out)
-        tokenizer.save_pretrained(out)
-        checkpoint.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
+    loop.finish(merged, tokenizer)
     return out

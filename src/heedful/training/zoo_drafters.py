@@ -17,10 +17,11 @@ import torch
 
 import heedful
 from heedful.decoding import HiddenTransfer, LongSpec, Medusa, TrainedDrafter
-from heedful.training.drafting import PackedRows, own_text, read_documents
+from heedful.training.drafting import own_text
 from heedful.training.hidden_transfer import train_hidden_transfer
 from heedful.training.longspec import train_longspec
 from heedful.training.medusa import train_medusa
+from heedful.training.rows import PackedRows, read_documents
 
 #: Steps, rows, tokens a row, rate: what the shipped drafters were trained with, under a minute each on one H200.
 RECIPES: dict[str, dict[str, Any]] = {
