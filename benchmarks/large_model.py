@@ -100,7 +100,9 @@ def main() -> None:
     def note(what: str) -> None:
         done["seconds"] = round(time.perf_counter() - began, 1)
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "large_model.json").write_text(json.dumps(done, indent=2) + "\n")
+        part = arguments.out / "large_model.part"
+        part.write_text(json.dumps(done, indent=2) + "\n")
+        part.replace(arguments.out / "large_model.json")  # a kill leaves the old one or the new one
         print(f"{what}, {done['seconds']:.0f} s", flush=True)
 
     note(f"{len(stream) / 1e6:.1f} M tokens")

@@ -55,6 +55,9 @@ def test_speeds_are_means_over_questions_and_speed_ups_ratios_of_means(benchmark
     low, high = figures["speedup_95"]
     assert low <= figures["speedup"] <= high
     json.dumps(benchmark.to_json())
+    benchmark.answers["heedful, x"][1].fork_gap = float("inf")  # an output that is shorter, which no tie explains
+    figures = json.loads(json.dumps(benchmark.to_json(), allow_nan=False))["contestants"]["heedful, x"]
+    assert (figures["largest_fork_gap"], figures["forks"], figures["near_ties"]) == (None, 2, 0)
 
 
 def test_the_table_says_what_the_baseline_is(benchmark):

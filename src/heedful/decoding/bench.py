@@ -6,6 +6,7 @@ The contestants take turns question by question, in rotating order, so that what
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -183,6 +184,7 @@ class DecodeBenchmark:
         speeds = [answer.tokens / answer.seconds for answer in answers]
         pairs = [(a.tokens / a.seconds, b.tokens / b.seconds) for a, b in zip(answers, baseline, strict=True)]
         deciles = quantiles((a / b for a, b in pairs), n=10) if len(pairs) > 1 else [pairs[0][0] / pairs[0][1]] * 9
+        gap = max((answer.fork_gap or 0.0 for answer in answers), default=0.0)
         figures: dict[str, Any] = {
             "questions": len(answers),
             "tokens": sum(answer.tokens for answer in answers),
@@ -197,7 +199,7 @@ class DecodeBenchmark:
             * sum(not answer.identical for answer in answers)
             / max(1, sum(answer.tokens for answer in answers)),
             "near_ties": sum(answer.fork_gap is not None and answer.fork_gap < self._tie() for answer in answers),
-            "largest_fork_gap": max((answer.fork_gap or 0.0 for answer in answers), default=0.0),
+            "largest_fork_gap": gap if math.isfinite(gap) else None,
         }
         stats = [answer.stats for answer in answers if answer.stats is not None]
         if stats:
@@ -347,7 +349,7 @@ def fork_gap(model: PreTrainedModel, sequences: Tensor, reference: Tensor) -> fl
     """Where two outputs ``(1, length)`` part: by how much the model's logits for the two tokens differ there."""
     shorter = min(sequences.shape[1], reference.shape[1])
     differing = (sequences[0, :shorter] != reference[0, :shorter]).nonzero()
-    if len(differing) == 0:  # one output is a prefix of the other, which no tie explains
+    if len(differing) == 0:  # one output is a prefix of the other, which no tie explains: null in the JSON
         return float("inf")
     at = int(differing[0])
     logits = model(reference[:, :at], use_cache=False).logits[0, -1].float()

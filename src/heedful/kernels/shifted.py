@@ -137,7 +137,7 @@ class ShiftedSparseAttention(Kernel):
         mask, positions = call.mask, call.positions
         last = self._last  # the layers of a forward share their mask and positions
         if last is not None:
-            same_mask = last[0]() is mask and (mask is None or last[1] == _version(mask))
+            same_mask = last[0]() is mask and (mask is None or _unchanged(mask, last[1]))
             seen = last[2]
             same_positions = (seen is None) == (positions is None) and (
                 seen is None
@@ -146,7 +146,7 @@ class ShiftedSparseAttention(Kernel):
                     and seen.data_ptr() == positions.data_ptr()
                     and seen.shape == positions.shape
                     and seen.stride() == positions.stride()
-                    and last[3] == positions._version
+                    and _unchanged(positions, last[3])
                 )
             )
             if same_mask and same_positions and (mask is not None or positions is not None):
@@ -165,5 +165,10 @@ class ShiftedSparseAttention(Kernel):
         return result
 
 
-def _version(x: Any) -> int:
-    return x._version if isinstance(x, Tensor) and not x.is_inference() else 0
+def _version(x: Any) -> int | None:
+    """How often a tensor was written in place; None where torch does not count: in inference mode."""
+    return x._version if isinstance(x, Tensor) and not x.is_inference() else None
+
+
+def _unchanged(x: Tensor, version: int | None) -> bool:
+    return version is not None and version == _version(x)
