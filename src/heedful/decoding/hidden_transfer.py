@@ -20,6 +20,7 @@ from heedful.decoding.trained import (
     RANKS,
     RankDrafter,
     best_tree,
+    ends_of,
     mean_where,
     model_logits,
     rank_accuracies,
@@ -126,7 +127,6 @@ class HiddenTransfer(RankDrafter):
         default = [path for path in MC_SIM_7B_63 if len(path) <= num_transfer_steps][:24] if tree is None else tree
         self._start(num_transfer_steps, default, accuracies, max_nodes)
         self.hard_labels = False
-        self._candidates: Tensor | None = None
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **options: Any) -> HiddenTransfer:
@@ -193,12 +193,6 @@ class HiddenTransfer(RankDrafter):
         self.fit(model, batch_size)
         self._candidates = None
 
-    def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None] | DraftTree:
-        if self._candidates is None:  # the first step: its root spawns the first draft
-            return [None] * len(roots)
-        tokens = self.drafted.fill(roots, self._candidates)
-        return DraftTree(cast(LongTensor, tokens), cast(LongTensor, torch.tensor(self.drafted.parents)))
-
     @torch.no_grad()
     def update(
         self,
@@ -209,8 +203,7 @@ class HiddenTransfer(RankDrafter):
     ) -> None:
         if not self.drafted.paths:
             return
-        last = torch.tensor([path[-1] if path else 0 for path in paths], device=self._pseudo.device)
-        rows = torch.arange(len(paths), device=last.device)
+        rows, last = ends_of(paths, self._pseudo.device)
         self._candidates = self._best(self._pseudo[rows, :, last]).cpu()
 
     def _best(self, pseudo: Tensor) -> Tensor:

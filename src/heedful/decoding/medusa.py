@@ -20,6 +20,7 @@ from heedful.decoding.trained import (
     RANKS,
     RankDrafter,
     best_tree,
+    ends_of,
     expected_length,
     model_logits,
     output_weight,
@@ -124,7 +125,6 @@ class Medusa(RankDrafter):
         self._start(num_heads, default if tree is None else tree, accuracies, max_nodes)
         #: Loss of the heads: "decay" is ``scale * sum_k 0.8^k CE_k`` with k from 1, "equal" the plain sum.
         self.weighting, self.scale = "decay", 0.2
-        self._candidates: Tensor | None = None
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **options: Any) -> Medusa:
@@ -241,12 +241,6 @@ class Medusa(RankDrafter):
         if self.drafted.paths:
             self._candidates = self.candidates(outputs.hidden_states[:, -1]).cpu()
 
-    def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None] | DraftTree:
-        if self._candidates is None:
-            return [None] * len(roots)
-        tokens = self.drafted.fill(roots, self._candidates)
-        return DraftTree(cast(LongTensor, tokens), cast(LongTensor, torch.tensor(self.drafted.parents)))
-
     @torch.no_grad()
     def update(
         self,
@@ -258,8 +252,7 @@ class Medusa(RankDrafter):
         assert outputs.hidden_states is not None
         if not self.drafted.paths:
             return
-        last = torch.tensor([path[-1] if path else 0 for path in paths])
-        rows = torch.arange(len(paths))
+        rows, last = ends_of(paths, outputs.hidden_states.device)
         self._candidates = self.candidates(outputs.hidden_states[rows, last]).cpu()
 
     def on_device(self, model: PreTrainedModel, batch_size: int, capacity: int) -> DeviceDrafter:

@@ -15,11 +15,12 @@ from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from heedful.decoding.drafter import Drafter
 from heedful.decoding.support import model_device
+from heedful.decoding.tree import DraftTree
 
 #: Paths of candidate ranks, from the root: the nodes of a cartesian tree.
 RankPaths = Sequence[Sequence[int]]
@@ -262,6 +263,12 @@ def rank_accuracies(
     return hits.float().mean((0, 1)).tolist(), hits
 
 
+def ends_of(paths: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows of a batch, and the last node of each row's accepted path (the root, of a row that has stopped)."""
+    last = torch.tensor([path[-1] if path else 0 for path in paths], device=device)
+    return torch.arange(len(paths), device=device), last
+
+
 class RankDrafter(TrainedDrafter):
     """A drafter of ranked candidates for some steps ahead, whose best combinations are a tree.
 
@@ -277,6 +284,7 @@ class RankDrafter(TrainedDrafter):
     drafted: RankTree
     accuracies: list[list[float]] | None
     max_nodes: int | str
+    _candidates: Tensor | None = None  # (B, steps, ranks) for the next draft; None before there are any
 
     def _start(self, steps: int, tree: RankPaths, accuracies: list[list[float]] | None, max_nodes: int | str) -> None:
         """The constructor's part of what a tree needs."""
@@ -330,6 +338,12 @@ class RankDrafter(TrainedDrafter):
             if expected / seconds[nodes] > best:
                 best, count = expected / seconds[nodes], nodes
         return count
+
+    def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None] | DraftTree:
+        if self._candidates is None:
+            return [None] * len(roots)
+        tokens = self.drafted.fill(roots, self._candidates)
+        return DraftTree(cast(LongTensor, tokens), cast(LongTensor, torch.tensor(self.drafted.parents)))
 
     @abstractmethod
     def step_seconds(self, model: PreTrainedModel, batch_size: int, nodes: int) -> Sequence[float]:

@@ -100,7 +100,7 @@ class ShiftedSparseAttention(Kernel):
             "impl": impl,
         }
         self._calls: dict[int, dict[str, int]] = {}
-        self._last: tuple[Any, int, Tensor | None, int, tuple[Tensor | None, Tensor | None]] | None = None
+        self._last: tuple[Any, int | None, Tensor | None, int | None, tuple[Tensor | None, Tensor | None]] | None = None
 
     @torch.compiler.disable
     def __call__(self, call: AttentionCall) -> Tensor:
