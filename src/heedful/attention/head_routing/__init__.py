@@ -7,19 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from heedful.attention import inputs
 from heedful.attention.head_routing import reference
-from heedful.attention.inputs import (
-    HAS_TRITON,
-    check_attention_mask,
-    check_count,
-    check_impl,
-    check_positive,
-    check_qkv,
-    in_autocast_dtype,
-    kernels_refuse,
-    refuse_triton,
-    wants_kernels,
-)
 
 __all__ = ["HeadDispatch", "choose_heads", "dispatch_heads", "routed_attention", "routed_output", "routed_projection"]
 
@@ -52,7 +41,7 @@ def dispatch_heads(active: Tensor) -> HeadDispatch:
     """
     if active.dtype != torch.bool or active.ndim != 3:
         raise ValueError(f"active must be bool (B, T, H), got {active.dtype} of shape {tuple(active.shape)}")
-    if active.is_cuda and HAS_TRITON and active.numel():
+    if active.is_cuda and inputs.HAS_TRITON and active.numel():
         from heedful.attention.head_routing import triton
 
         return HeadDispatch(active, *triton.dispatch_heads_op(active))
@@ -98,7 +87,7 @@ def choose_heads(scores: Tensor, k: int) -> Tensor:
     if not 0 <= k <= scores.shape[-1]:
         raise ValueError(f"k must be 0 to the {scores.shape[-1]} heads, got {k}")
     scores = scores.detach()
-    if scores.is_cuda and HAS_TRITON and scores.dtype == torch.float32 and scores.numel():
+    if scores.is_cuda and inputs.HAS_TRITON and scores.dtype == torch.float32 and scores.numel():
         from heedful.attention.head_routing import triton
 
         return triton.choose_heads_op(scores, k)
@@ -166,7 +155,7 @@ def routed_attention(
         computes all heads and multiplies by 0).
     """
     device = query.device.type
-    query, key, value = in_autocast_dtype(query, key, value)
+    query, key, value = inputs.in_autocast_dtype(query, key, value)
     _check_attention(query, key, value, causal, window, attention_mask, scale, impl)
     batch, heads, length, dim = query.shape
     chosen = active.active if isinstance(active, HeadDispatch) else active
@@ -229,7 +218,7 @@ def routed_projection(
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842.
     """
     device = x.device.type
-    x, weight = in_autocast_dtype(x, weight)
+    x, weight = inputs.in_autocast_dtype(x, weight)
     bias = bias if bias is None else bias.to(x.dtype)
     chosen = _check_product("x", x, x.shape[-1:], weight, active, impl)
     if bias is not None and bias.shape != (weight.shape[0], weight.shape[2]):
@@ -285,7 +274,7 @@ def routed_output(
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842.
     """
     device = heads.device.type
-    heads, weight = in_autocast_dtype(heads, weight)
+    heads, weight = inputs.in_autocast_dtype(heads, weight)
     chosen = _check_product("heads", heads, heads.shape[2:], weight, active, impl)
     most = weight.shape[0] if most is None else most
     if not 1 <= most <= weight.shape[0]:
@@ -308,7 +297,7 @@ def _check_product(
     name: str, x: Tensor, last: torch.Size, weight: Tensor, active: Tensor | HeadDispatch, impl: str
 ) -> Tensor:
     """The choice, of a product of `x (B, T, *last)` with one matrix a head."""
-    check_impl(impl)
+    inputs.check_impl(impl)
     chosen = active.active if isinstance(active, HeadDispatch) else active
     wanted = "(B, T, C)" if name == "x" else "(B, T, H, D)"
     fits = weight.ndim == 3 and tuple(last) == tuple(weight.shape[1:2] if name == "x" else weight.shape[:2])
@@ -330,13 +319,13 @@ def _use_triton(impl: str, x: Tensor, value_dim: int | None) -> bool:
     Raises:
         ValueError: If they were asked for by name and cannot.
     """
-    if not wants_kernels(impl, x):
+    if not inputs.wants_kernels(impl, x):
         return False
-    reason = kernels_refuse(x, value_dim)
+    reason = inputs.kernels_refuse(x, value_dim)
     if x.numel() // x.shape[-1] > _MOST_TOKENS:
         reason = f"takes at most {_MOST_TOKENS} tokens and heads in a call"
     if reason is not None and impl == "triton":
-        refuse_triton(reason)
+        inputs.refuse_triton(reason)
     return reason is None
 
 
@@ -344,16 +333,16 @@ def _check_attention(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, window: int | None, attention_mask: Tensor | None,
     scale: float | None, impl: str,
 ) -> None:  # fmt: skip
-    check_qkv(query, key, value)
+    inputs.check_qkv(query, key, value)
     length, keys = query.shape[2], key.shape[2]
     if causal and length > keys:
         raise ValueError(
             f"query has {length} rows and key only {keys}: causal rows need their own keys; or set causal=False"
         )
     if window is not None:
-        check_count("window", window, 1)
+        inputs.check_count("window", window, 1)
     if window is not None and not causal:
         raise ValueError("window is for causal attention: set causal=True or window=None")
-    check_positive("scale", scale)
-    check_impl(impl)
-    check_attention_mask(attention_mask, key)
+    inputs.check_positive("scale", scale)
+    inputs.check_impl(impl)
+    inputs.check_attention_mask(attention_mask, key)

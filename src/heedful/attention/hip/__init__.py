@@ -8,20 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heedful.attention import inputs
 from heedful.attention.hip import operators, reference
 from heedful.attention.hip.mask import HiPMask, Stage
-from heedful.attention.inputs import (
-    HAS_TRITON,
-    check_attention_mask,
-    check_choice,
-    check_count,
-    check_impl,
-    check_positive,
-    check_qkv,
-    in_autocast_dtype,
-    refuse_triton,
-    wants_kernels,
-)
 
 __all__ = ["HiPMask", "hip_attention"]
 
@@ -141,7 +130,7 @@ def hip_attention(
         (HiP Attention), Lee, Park, Lee, Suh, Kim, Jeong, Kim, Lee, Jeon, Hwang, arXiv 2406.09827.
     """
     device = query.device.type
-    query, key, value = in_autocast_dtype(query, key, value)
+    query, key, value = inputs.in_autocast_dtype(query, key, value)
     _check_tensors(query, key, value, attention_mask)
     search: dict[str, Any] = {
         "top_k": top_k,
@@ -157,8 +146,8 @@ def hip_attention(
     check_arguments(**search, stages=stages, impl=impl)
     if query.shape[1] % head_group_size:
         raise ValueError(f"query has {query.shape[1]} heads, not a multiple of head_group_size ({head_group_size})")
-    check_positive("scale", scale)
-    check_positive("softcap", softcap)
+    inputs.check_positive("scale", scale)
+    inputs.check_positive("softcap", softcap)
     if sink_logits is not None:
         check_sink_logits(sink_logits, query)
 
@@ -192,14 +181,14 @@ def _backend(
 ) -> Any:
     """The module that computes this call: the reference, or `triton` where it is asked for or can."""
     plain = operators if torch.compiler.is_compiling() else reference
-    if not wants_kernels(impl, query):
+    if not inputs.wants_kernels(impl, query):
         return plain
     reason = None
     leaves = [x for x in (query, key, value, sink_logits) if x is not None]
     by_tree = mask is None and stages is None
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         reason = "has no backward and an input needs a gradient (or call it under torch.no_grad())"
-    elif not HAS_TRITON:
+    elif not inputs.HAS_TRITON:
         reason = "needs the package triton, which is not installed"
     elif by_tree and search["sample_method"] not in ("center", "first", "last"):
         reason = f"takes sample_method 'center', 'first' or 'last', not {search['sample_method']!r}"
@@ -217,7 +206,7 @@ def _backend(
         if reason is None:
             return triton
     if impl == "triton":
-        refuse_triton(reason)
+        inputs.refuse_triton(reason)
     return plain
 
 
@@ -293,15 +282,15 @@ def check_arguments(
         "head_group_size": head_group_size,
     }
     for name, size in sizes.items():
-        check_count(name, size, 0 if name in ("sliding_window", "num_sink_tokens") else 1)
+        inputs.check_count(name, size, 0 if name in ("sliding_window", "num_sink_tokens") else 1)
     if stages is not None:
         _check_stages(stages)
     elif block_stride_q > block_size_q:
         raise ValueError(f"block_stride_q ({block_stride_q}) must not be above block_size_q ({block_size_q})")
     elif block_stride_k > block_size_k:
         raise ValueError(f"block_stride_k ({block_stride_k}) must not be above block_size_k ({block_size_k})")
-    check_choice("sample_method", sample_method, _SAMPLE_METHODS)
-    check_impl(impl)
+    inputs.check_choice("sample_method", sample_method, _SAMPLE_METHODS)
+    inputs.check_impl(impl)
 
 
 def _check_stages(stages: Sequence[Stage]) -> None:
@@ -324,9 +313,9 @@ def _check_stages(stages: Sequence[Stage]) -> None:
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> None:
-    check_qkv(query, key, value)
+    inputs.check_qkv(query, key, value)
     if query.shape[2] > key.shape[2]:
         raise ValueError(
             f"query has {query.shape[2]} rows and key only {key.shape[2]}: each row is one of the last keys"
         )
-    check_attention_mask(attention_mask, key)
+    inputs.check_attention_mask(attention_mask, key)

@@ -12,17 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from heedful.attention import inputs
 from heedful.attention.hip import check_sink_logits, reference
-from heedful.attention.inputs import (
-    HAS_TRITON,
-    check_count,
-    check_impl,
-    check_positive,
-    check_qkv,
-    in_autocast_dtype,
-    refuse_triton,
-    wants_kernels,
-)
 
 __all__ = ["HiPDecodeState", "hip_decode"]
 
@@ -96,7 +87,7 @@ class HiPDecodeState:
             "head_group_size": (head_group_size, 1),
         }
         for name, (size, least) in sizes.items():
-            check_count(name, size, least)
+            inputs.check_count(name, size, least)
         if block_stride_k > block_size_k:
             raise ValueError(f"block_stride_k ({block_stride_k}) must not be above block_size_k ({block_size_k})")
         if heads % head_group_size:
@@ -206,7 +197,7 @@ def hip_decode(
         (HiP Attention), Lee, Park, Lee, Suh, Kim, Jeong, Kim, Lee, Jeon, Hwang, arXiv 2406.09827.
     """
     device = query.device.type
-    query, key, value = in_autocast_dtype(query, key, value)
+    query, key, value = inputs.in_autocast_dtype(query, key, value)
     _check(query, key, value, lengths, state, refresh_interval, first_real, scale, softcap, sink_logits, impl)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if 0 in query.shape:
@@ -220,12 +211,12 @@ def _backend(
     query: Tensor, value: Tensor, key: Tensor, sink_logits: Tensor | None, state: HiPDecodeState, impl: str
 ) -> Callable[..., Tensor]:
     """What computes this step: the reference, or the kernels where they are asked for or can."""
-    if not wants_kernels(impl, query):
+    if not inputs.wants_kernels(impl, query):
         return _reference
     leaves = [x for x in (query, key, value, sink_logits) if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
         reason: str | None = "has no backward and an input needs a gradient (or call it under torch.no_grad())"
-    elif not HAS_TRITON:
+    elif not inputs.HAS_TRITON:
         reason = "needs the package triton, which is not installed"
     else:
         from heedful.attention.hip import triton
@@ -234,7 +225,7 @@ def _backend(
         if reason is None:
             return triton.decode
     if impl == "triton":
-        refuse_triton(reason)
+        inputs.refuse_triton(reason)
     return _reference
 
 
@@ -331,7 +322,7 @@ def _check(
     sink_logits: Tensor | None,
     impl: str,
 ) -> None:
-    check_qkv(query, key, value)
+    inputs.check_qkv(query, key, value)
     batch, heads, rows, _ = query.shape
     if rows != 1:
         raise ValueError(f"query must be (B, Hq, 1, D), got shape {tuple(query.shape)}; hip_attention takes more rows")
@@ -353,12 +344,12 @@ def _check(
         raise ValueError(
             f"the cache holds {key.shape[2]} tokens, state was made for max_length={state.max_length}; make it larger"
         )
-    check_count("refresh_interval", refresh_interval, 1)
-    check_positive("scale", scale)
-    check_positive("softcap", softcap)
+    inputs.check_count("refresh_interval", refresh_interval, 1)
+    inputs.check_positive("scale", scale)
+    inputs.check_positive("softcap", softcap)
     if sink_logits is not None:
         check_sink_logits(sink_logits, query)
-    check_impl(impl)
+    inputs.check_impl(impl)
     if not query.is_cuda and not torch.compiler.is_compiling() and batch:
         shortest, longest = (int(x) for x in lengths.aminmax())
         if shortest < 1 or longest > key.shape[2]:

@@ -7,17 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from heedful.attention.inputs import (
-    check_attention_mask,
-    check_device,
-    check_impl,
-    check_positive,
-    check_qkv,
-    in_autocast_dtype,
-    kernels_refuse,
-    refuse_triton,
-    wants_kernels,
-)
+from heedful.attention import inputs
 from heedful.attention.landmark import reference
 
 __all__ = ["landmark_attention"]
@@ -84,21 +74,21 @@ def landmark_attention(
         arXiv 2305.16300.
     """
     device = query.device.type
-    query, key, value = in_autocast_dtype(query, key, value)
+    query, key, value = inputs.in_autocast_dtype(query, key, value)
     _check_tensors(query, key, value, is_landmark, attention_mask)
-    check_impl(impl)
-    check_positive("scale", scale)
+    inputs.check_impl(impl)
+    inputs.check_positive("scale", scale)
     scale = float(query.shape[3] ** -0.5 if scale is None else scale)
     is_landmark = is_landmark.expand(query.shape[0], query.shape[2])
     with torch.autocast(device, enabled=False):  # sums stay float32
-        if wants_kernels(impl, query):
-            reason = kernels_refuse(query, value.shape[-1])
+        if inputs.wants_kernels(impl, query):
+            reason = inputs.kernels_refuse(query, value.shape[-1])
             if reason is None:
                 from heedful.attention.landmark import triton
 
                 return triton.landmark_attention(query, key, value, is_landmark, attention_mask, scale)
             if impl == "triton":
-                refuse_triton(reason)
+                inputs.refuse_triton(reason)
         return reference.landmark_attention(query, key, value, is_landmark, attention_mask, scale)
 
 
@@ -116,7 +106,7 @@ def attention_with_lse(
     query = query[:, :, query.shape[2] - queries :]
     with torch.no_grad():
         # A few rows are not worth the kernels' tables and copies.
-        if query.is_cuda and queries >= 32 and kernels_refuse(query, value.shape[-1]) is None:
+        if query.is_cuda and queries >= 32 and inputs.kernels_refuse(query, value.shape[-1]) is None:
             from heedful.attention.landmark import triton
 
             query = torch.nn.functional.pad(query, (0, 0, key.shape[2] - queries, 0))
@@ -127,12 +117,12 @@ def attention_with_lse(
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, is_landmark: Tensor, mask: Tensor | None) -> None:
-    check_qkv(query, key, value, "whole rows; with a cache: heedful.layers.LandmarkCache")
+    inputs.check_qkv(query, key, value, "whole rows; with a cache: heedful.layers.LandmarkCache")
     batch, _, length, _ = query.shape
     if is_landmark.dtype != torch.bool or is_landmark.shape not in ((length,), (batch, length)):
         raise ValueError(
             f"is_landmark must be bool ({length},) or ({batch}, {length}), True at landmarks, got {is_landmark.dtype} "
             f"{tuple(is_landmark.shape)}; from tokens: input_ids == landmark_token_id"
         )
-    check_device("is_landmark", is_landmark, query)
-    check_attention_mask(mask, key)
+    inputs.check_device("is_landmark", is_landmark, query)
+    inputs.check_attention_mask(mask, key)

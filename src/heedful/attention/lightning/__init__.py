@@ -7,18 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.attention.inputs import (
-    check_attention_mask,
-    check_count,
-    check_device,
-    check_impl,
-    check_positive,
-    check_qkv,
-    in_autocast_dtype,
-    kernels_refuse,
-    refuse_triton,
-    wants_kernels,
-)
+from heedful.attention import inputs
 from heedful.attention.lightning import reference
 
 __all__ = ["alibi_slopes", "lightning_attention"]
@@ -105,19 +94,19 @@ def lightning_attention(
         Shen, Sun, Zhong, arXiv 2401.04658.
     """
     device = query.device.type
-    query, key, value = in_autocast_dtype(query, key, value)
+    query, key, value = inputs.in_autocast_dtype(query, key, value)
     _check(query, key, value, decay, initial_state, attention_mask, cu_seqlens)
-    check_impl(impl)
-    check_count("chunk_size", chunk_size, 1)
-    check_positive("scale", scale)
+    inputs.check_impl(impl)
+    inputs.check_count("chunk_size", chunk_size, 1)
+    inputs.check_positive("scale", scale)
     dim = query.shape[3]
     scale = dim**-0.5 if scale is None else float(scale)
 
     with torch.autocast(device, enabled=False):  # sums and states stay float32
-        kernels = wants_kernels(impl, query)
+        kernels = inputs.wants_kernels(impl, query)
         reason = _triton_refuses(query, value) if kernels else None
         if impl == "triton" and reason is not None:
-            refuse_triton(reason)
+            inputs.refuse_triton(reason)
         arguments: dict[str, Any] = {
             "mask": attention_mask,
             "cu_seqlens": cu_seqlens,
@@ -193,7 +182,7 @@ def _triton_refuses(query: Tensor, value: Tensor) -> str | None:
     """Why the kernels cannot take these inputs, to follow "impl='triton'"; None if they can."""
     if query.shape[3] > 256 or value.shape[3] > 256:
         return f"takes D and E up to 256, not {query.shape[3]} and {value.shape[3]}"
-    return kernels_refuse(query)
+    return inputs.kernels_refuse(query)
 
 
 def _check(
@@ -205,7 +194,7 @@ def _check(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    check_qkv(
+    inputs.check_qkv(
         query, key, value, "linear attention over whole rows; in decoding: the rows that are new, and initial_state"
     )
     batch, heads, length, dim = query.shape
@@ -217,8 +206,8 @@ def _check(
         raise ValueError("decay takes no gradient: give decay.detach(), or keep it in a buffer")
     for name, given in {"decay": decay, "initial_state": initial_state, "cu_seqlens": cu_seqlens}.items():
         if given is not None:
-            check_device(name, given, query)
-    check_attention_mask(attention_mask, key)
+            inputs.check_device(name, given, query)
+    inputs.check_attention_mask(attention_mask, key)
     if attention_mask is not None and cu_seqlens is not None:
         raise ValueError("give attention_mask (padded rows) or cu_seqlens (packed documents), not both")
     sequences = batch

@@ -5,18 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from heedful.attention.inputs import (
-    check_attention_mask,
-    check_choice,
-    check_count,
-    check_impl,
-    check_positive,
-    check_qkv,
-    in_autocast_dtype,
-    kernels_refuse,
-    refuse_triton,
-    wants_kernels,
-)
+from heedful.attention import inputs
 from heedful.attention.shifted import reference
 
 __all__ = ["shifted_sparse_attention"]
@@ -92,12 +81,12 @@ def shifted_sparse_attention(
         of Long-Context Large Language Models", Chen, Qian, Tang, Lai, Liu, Han, Jia, arXiv 2309.12307 (S2-Attn).
     """
     device = query.device.type
-    query, key, value = in_autocast_dtype(query, key, value)
-    check_qkv(query, key, value, "self-attention over whole rows, no cache")
-    check_attention_mask(attention_mask, key)
+    query, key, value = inputs.in_autocast_dtype(query, key, value)
+    inputs.check_qkv(query, key, value, "self-attention over whole rows, no cache")
+    inputs.check_attention_mask(attention_mask, key)
     check_arguments(group_size, shift_ratio, num_sink_tokens, boundary, impl)
     _, heads, length, dim = query.shape
-    check_positive("scale", scale)
+    inputs.check_positive("scale", scale)
     geometry = reference.Geometry(
         group_size=min(group_size, max(1, length)),
         num_shifted_heads=int(shift_ratio * heads + 0.5),
@@ -106,22 +95,22 @@ def shifted_sparse_attention(
         scale=float(dim**-0.5 if scale is None else scale),
     )
     with torch.autocast(device, enabled=False):  # sums stay float32
-        if wants_kernels(impl, query):
-            reason = kernels_refuse(query, value.shape[-1])
+        if inputs.wants_kernels(impl, query):
+            reason = inputs.kernels_refuse(query, value.shape[-1])
             if reason is None:
                 from heedful.attention.shifted import triton
 
                 return triton.shifted_sparse_attention(query, key, value, geometry, attention_mask)
             if impl == "triton":
-                refuse_triton(reason)
+                inputs.refuse_triton(reason)
         return reference.shifted_sparse_attention(query, key, value, geometry, attention_mask)
 
 
 def check_arguments(group_size: int, shift_ratio: float, num_sink_tokens: int, boundary: str, impl: str) -> None:
     """Raises ValueError for arguments that do not fit, whatever the tensors are."""
-    check_count("group_size", group_size, 1)
+    inputs.check_count("group_size", group_size, 1)
     if isinstance(shift_ratio, bool) or not isinstance(shift_ratio, int | float) or not 0 <= shift_ratio <= 1:
         raise ValueError(f"shift_ratio must be a share of the heads, from 0 to 1, got {shift_ratio!r}")
-    check_count("num_sink_tokens", num_sink_tokens, 0)
-    check_choice("boundary", boundary, _BOUNDARIES)
-    check_impl(impl)
+    inputs.check_count("num_sink_tokens", num_sink_tokens, 0)
+    inputs.check_choice("boundary", boundary, _BOUNDARIES)
+    inputs.check_impl(impl)

@@ -7,17 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heedful.attention.inputs import (
-    check_count,
-    check_device,
-    check_impl,
-    check_positive,
-    check_qkv,
-    in_autocast_dtype,
-    kernels_refuse,
-    refuse_triton,
-    wants_kernels,
-)
+from heedful.attention import inputs
 from heedful.attention.tree import reference
 
 __all__ = ["merge_attention_states", "tree_attention"]
@@ -101,15 +91,15 @@ def tree_attention(
         Wang, Pang, Du, An, arXiv 2502.17421 (hybrid tree attention).
     """
     device = query.device.type
-    query, key, value = in_autocast_dtype(query, key, value)
+    query, key, value = inputs.in_autocast_dtype(query, key, value)
     _check_tensors(query, key, value, tree_mask)
     batch, _, nodes, dim = query.shape
     capacity = key.shape[2]
-    check_impl(impl)
+    inputs.check_impl(impl)
     if window is not None:
-        check_count("window", window, 1)
-    check_positive("softcap", softcap)
-    check_positive("scale", scale)
+        inputs.check_count("window", window, 1)
+    inputs.check_positive("softcap", softcap)
+    inputs.check_positive("scale", scale)
     scale = dim**-0.5 if scale is None else scale
     if prefix_start is not None:
         _check_per_row("prefix_start", prefix_start, query)
@@ -131,14 +121,14 @@ def tree_attention(
 
     options: dict[str, Any] = {"prefix_start": prefix_start, "window": window, "softcap": softcap, "scale": scale}
     with torch.autocast(device, enabled=False):  # sums stay float32
-        if wants_kernels(impl, query):
-            reason = kernels_refuse(query, value.shape[-1], gradients=(query, key, value))
+        if inputs.wants_kernels(impl, query):
+            reason = inputs.kernels_refuse(query, value.shape[-1], gradients=(query, key, value))
             if reason is None:
                 from heedful.attention.tree import triton
 
                 return triton.tree_attention(query, key, value, tree_mask, prefix_length, **options)
             if impl == "triton":
-                refuse_triton(reason)
+                inputs.refuse_triton(reason)
         prefix_length = prefix_length.clamp(0, capacity - nodes)
         return reference.tree_attention(query, key, value, tree_mask, prefix_length, longest=longest, **options)
 
@@ -189,7 +179,7 @@ def merge_attention_states(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, tree_mask: Tensor) -> None:
-    check_qkv(query, key, value)
+    inputs.check_qkv(query, key, value)
     batch, _, nodes, _ = query.shape
     capacity = key.shape[2]
     if nodes > capacity:
@@ -199,7 +189,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, tree_mask: Tensor)
             f"tree_mask must be bool ({nodes}, {nodes}) or ({batch}, {nodes}, {nodes}), True where a node sees a node, "
             f"got {tree_mask.dtype} {tuple(tree_mask.shape)}"
         )
-    check_device("tree_mask", tree_mask, query)
+    inputs.check_device("tree_mask", tree_mask, query)
 
 
 def _check_per_row(name: str, tensor: Tensor, query: Tensor) -> None:
@@ -208,7 +198,7 @@ def _check_per_row(name: str, tensor: Tensor, query: Tensor) -> None:
             f"{name} must be an int32 or int64 tensor of shape ({query.shape[0]},), got {tensor.dtype} "
             f"{tuple(tensor.shape)}"
         )
-    check_device(name, tensor, query)
+    inputs.check_device(name, tensor, query)
 
 
 def _check_lengths(shortest: int, longest: int, nodes: int, capacity: int) -> None:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heedful.attention import HiPMask, by_document, hip_attention
+from heedful.attention import HiPMask, by_document, hip_attention, inputs
 from heedful.attention.hip import check_arguments
 from heedful.attention.hip.decode import HiPDecodeState, hip_decode
-from heedful.attention.inputs import check_count
 from heedful.kernels._causal import check_mask, positions_in_documents, refuse, window_of
 from heedful.kernels.hip import bounded
 from heedful.kernels.hip.exact import best_blocks, due, renew
@@ -167,11 +166,11 @@ class HiPAttention(Kernel):
             blocks = zip(("block_size_q", "block_stride_q", "block_size_k"), stages[-1][:3], strict=True)
             self.arguments |= {**dict(blocks), "block_stride_k": 1}
         self.decode_sample_method = decode_sample_method
-        check_count("mask_refresh_interval", mask_refresh_interval, 1)
-        check_count("dense_layers", dense_layers, 0)
-        check_count("sampled_rows", sampled_rows, 0)
+        inputs.check_count("mask_refresh_interval", mask_refresh_interval, 1)
+        inputs.check_count("dense_layers", dense_layers, 0)
+        inputs.check_count("sampled_rows", sampled_rows, 0)
         if prefill_dense_threshold is not None:
-            check_count("prefill_dense_threshold", prefill_dense_threshold, 0)
+            inputs.check_count("prefill_dense_threshold", prefill_dense_threshold, 0)
         self.mask_refresh_interval = mask_refresh_interval
         self.dense_layers = dense_layers
         self.prefill_dense_threshold = prefill_dense_threshold
@@ -181,7 +180,7 @@ class HiPAttention(Kernel):
         self._keys_a_row = self._window + num_sink_tokens + top_k
         self.extends_context = trained_length is not None
         if trained_length is not None:
-            check_count("trained_length", trained_length, 1)
+            inputs.check_count("trained_length", trained_length, 1)
             self._check_extension(trained_length)
         self._tallies: dict[int, Tally] = {}
         self._last_mask: tuple[Any, tuple[int, int], tuple[Tensor, Tensor | None]] | None = None
