@@ -144,12 +144,15 @@ def model_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     bias, Cohere and Granite scale, Gemma 2 caps).
     """
     decoder = cast(Any, model.get_decoder())
+    own = vars(decoder).get("forward")  # accelerate's device maps put one there
     decoder.forward = lambda *args, **kwargs: _Final(hidden)  # the instance's, over its class's
     try:
         tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
         return cast(Tensor, model(input_ids=tokens, use_cache=False).logits)
     finally:
         del decoder.forward
+        if own is not None:
+            decoder.forward = own
 
 
 class RankTree:
