@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_models import build, inputs
+from tiny_models import FAMILIES, build, inputs
 
 import heedful
 from heedful.decoding import HiddenTransfer, Medusa, hidden_transfer, medusa
@@ -16,6 +16,7 @@ from heedful.decoding.trained import (
     RankTree,
     best_tree,
     expected_length,
+    model_logits,
     path_chances,
     rank_accuracies,
 )
@@ -50,6 +51,29 @@ def phi():
     model = transformers.PhiForCausalLM(config).eval()
     torch.nn.init.normal_(model.lm_head.bias)
     return model
+
+
+DECODERS = [name for name, family in FAMILIES.items() if family.kind == "decoder"]
+
+
+@pytest.mark.parametrize("name", [*DECODERS, phi])
+def test_logits_of_given_states_are_the_models_own(name):
+    """With the bias, the scale and the cap of the family; the decoder stays as it was."""
+    model = build(name) if isinstance(name, str) else name()
+    decoder, ids = model.get_decoder(), torch.randint(3, 80, (2, 9))
+    before = decoder.forward
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        hidden = decoder(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(model_logits(model, hidden), expected)
+        assert decoder.forward == before
+        decoder.forward = mapped = lambda *args, **kwargs: before(*args, **kwargs)  # as accelerate's device maps do
+        torch.testing.assert_close(model_logits(model, hidden), expected)
+        assert decoder.forward is mapped
+        del decoder.forward
+    _, figures = Medusa.for_model(model, num_heads=1).loss(model, ids)
+    untrained = torch.nn.functional.cross_entropy(expected[:, :-2].transpose(1, 2), ids[:, 2:])
+    assert float(figures["head_1_loss"]) == pytest.approx(float(untrained), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text", "qwen3", "gpt2"])
