@@ -113,6 +113,21 @@ def test_packed_documents_are_as_if_alone(family, attn):
     torch.testing.assert_close(packed, apart, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_positions_that_are_written_in_place_are_read_again(mode):
+    model = build("llama").train()
+    ids = inputs(model, batch=1, length=30)["input_ids"]
+    with mode():
+        positions = torch.cat([torch.arange(13), torch.arange(17)])[None]
+        with heedful.attach(model, ShiftedSparseAttention(**SMALL)):
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+            positions.copy_(torch.cat([torch.arange(20), torch.arange(10)])[None])
+            again = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        with heedful.attach(model, ShiftedSparseAttention(**SMALL)):
+            fresh = model(input_ids=ids, position_ids=positions.clone(), use_cache=False).logits
+    torch.testing.assert_close(again, fresh)
+
+
 def test_what_it_cannot_compute_is_refused_by_name():
     for family, message in (("gemma2", "softcap"), ("gpt_oss", "sink logits")):
         model = build(family, layer_types=["full_attention"] * 3).train()
