@@ -13,6 +13,7 @@ What is there is recorded after every block, marked as incomplete until all have
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -85,6 +86,11 @@ def teacher_forced(block: LongSpec, model: Any, rows: Tensor) -> dict[str, Any]:
     }
 
 
+def batch_of(device: str) -> dict[str, int]:
+    """The rows of a training step."""
+    return {"batch_size": 16, "length": 512} if device != "cpu" else {"batch_size": 4, "length": 256}
+
+
 def run(name: str, device: str, steps: int, text: PackedRows, work: Path, data: Path, quick: bool) -> dict[str, Any]:
     """Trains and measures one block."""
     began = time.perf_counter()
@@ -93,10 +99,18 @@ def run(name: str, device: str, steps: int, text: PackedRows, work: Path, data: 
     block = LongSpec.for_model(model)
     for attribute, value in BLOCKS[name].items():
         setattr(block, attribute, value)
-    size = {"batch_size": 16, "length": 512} if device != "cpu" else {"batch_size": 4, "length": 256}
     out = work / name.replace(" ", "-")
     train_longspec(
-        model, tokenizer, text, out, drafter=block, steps=steps, lr=1e-3, progress=False, calibration_rows=0, **size
+        model,
+        tokenizer,
+        text,
+        out,
+        drafter=block,
+        steps=steps,
+        lr=1e-3,
+        progress=False,
+        calibration_rows=0,
+        **batch_of(device),
     )
     print(name, "trained", round(time.perf_counter() - began, 1), "s", flush=True)
     return measure(LongSpec.from_pretrained(out), name, device, data, quick)
@@ -168,6 +182,7 @@ def main() -> None:
         conclude(figures, began, arguments.out, complete)
 
     if not quick:
+        figures["training_tokens"] = arguments.steps * math.prod(batch_of(device).values())
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
             text = training_text(work, arguments.data, device, 256 if device != "cpu" else 16, 1_000_000)

@@ -168,7 +168,7 @@ def test_gradient_checkpointing_and_autocast():
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
-    run_on_two(
+    answers = run_on_two(
         """
         import heedful
         from tiny_models import build, inputs
@@ -186,9 +186,11 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
             wrapped(**own, labels=own["input_ids"], use_cache=False).loss.backward()
         for p, want in zip(model.parameters(), expected):
             torch.testing.assert_close(p.grad, want, atol=1e-5, rtol=1e-4)
+        print("same")
         """,
         tmp_path,
     )
+    assert answers == ["same\n"] * 2
 
 
 def test_by_name_as_an_attention_implementation():

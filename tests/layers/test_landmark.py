@@ -411,7 +411,7 @@ def test_trainer_works_unchanged(tmp_path):
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    run_on_two(
+    answers = run_on_two(
         """
         from tiny_models import build
         from heedful.layers import convert_to_landmark
@@ -425,6 +425,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         model(input_ids=x, labels=x, use_cache=False).loss.backward()
         for a, p in zip(got, model.parameters()):
             torch.testing.assert_close(a, p.grad, atol=1e-6, rtol=0)
+        print("same")
         """,
         tmp_path,
     )
+    assert answers == ["same\n"] * 2

@@ -150,7 +150,7 @@ def test_compiles_whole():
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    run_on_two(
+    answers = run_on_two(
         """
         from heedful.layers import LightningAttention
         torch.manual_seed(0)
@@ -162,9 +162,11 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         parallel(x[rank::2]).square().mean().backward()
         for a, b in zip(alone, layer.parameters()):
             torch.testing.assert_close(a, b.grad)
+        print("same")
         """,
         tmp_path,
     )
+    assert answers == ["same\n"] * 2
 
 
 def test_wrong_use_is_refused():

@@ -501,7 +501,7 @@ def test_conversion_refuses_what_it_cannot_do(ids):
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
     """DistributedDataParallel over gloo, the layer and a converted model, a row of the batch each."""
-    run_on_two(
+    answers = run_on_two(
         """
         import copy
         from tiny_models import build
@@ -518,6 +518,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
             run(shared, rows[rank : rank + 1]).backward()
             for a, b in zip(alone.parameters(), one.parameters()):
                 torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-5)
+        print("same")
         """,
         tmp_path,
     )
+    assert answers == ["same\n"] * 2

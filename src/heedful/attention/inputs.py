@@ -11,7 +11,6 @@ from torch import Tensor
 
 __all__ = [
     "HAS_TRITON",
-    "check_alike",
     "check_attention_mask",
     "check_choice",
     "check_count",
@@ -39,14 +38,6 @@ def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def check_alike(name: str, tensor: Tensor, query: Tensor) -> None:
-    """ValueError unless `tensor` has the dtype and device of `query`."""
-    if tensor.dtype != query.dtype or tensor.device != query.device:
-        raise ValueError(
-            f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
-        )
-
-
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, like_query: str = "") -> None:
     """ValueError unless these are `(B, Hq, Tq, D)`, `(B, Hkv, Tk, D)` and `(B, Hkv, Tk, Dv)`, floating-point and alike.
 
@@ -59,7 +50,10 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor, like_query: str = "") -
             raise ValueError(f"{name} must be (B, H, T, D), got shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        check_alike(name, tensor, query)
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device} and query {query.dtype} on {query.device}, not alike"
+            )
         if tensor.shape[1] == 0 or tensor.shape[3] == 0:
             raise ValueError(f"{name} has no heads, or heads of size 0: shape {tuple(tensor.shape)}")
     batch, heads, rows, dim = query.shape
