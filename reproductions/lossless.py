@@ -4,7 +4,7 @@ Spec-Bench's 480 questions, GSM8K's test questions and passages of held-out book
 length are decoded together, cut to their last 840 tokens. The reference is the plain loop on the same batches; where an output first differs from it, the
 plain run's two best logits there must lie within 1e-3 (a near tie, which several rows round differently from one), and that
 at most once in 1,000 prompts. ``transformers``' own ``generate`` is compared on the first batches. On a GPU the drafters run in
-CUDA graphs (Hidden Transfer in the eager engine, and Token Recycling on some batches in both), and bfloat16 forks are counted.
+CUDA graphs (Token Recycling on some batches in the eager engine too), and bfloat16 forks are counted.
 
     python reproductions/lossless.py [--device cuda] [--prompts 2000] [--tokens 48] [--batch 80] [--data ../shared/data] [--out FILE]
 
@@ -128,7 +128,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--batch", type=int, default=80)
     parser.add_argument("--context", type=int, default=840, help="the most tokens of a prompt; its end is kept")
-    parser.add_argument("--seconds", type=float, default=1e9, help="after which Hidden Transfer reads no further batch")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--generate", type=int, default=8, help="batches on which generate is compared too")
@@ -176,12 +175,7 @@ def main() -> None:
         return held
 
     def note(kind: str, name: str, outputs: list[LongTensor], indices: range) -> None:
-        found, before = batches.compare(outputs, indices), figures[kind].get(name)
-        if before is not None:  # batch by batch
-            found = {
-                key: max(found[key], before[key]) if key == "largest_gap" else found[key] + before[key] for key in found
-            }
-        figures[kind][name] = found
+        figures[kind][name] = found = batches.compare(outputs, indices)
         print(kind, name, found, f"{time.perf_counter() - began:.0f} s", flush=True)
 
     def release() -> None:
@@ -196,13 +190,8 @@ def main() -> None:
         note("forks", "transformers generate", outputs, some)
     contestants = {k: d for k, d in drafters(arguments.nodes).items() if k in (arguments.only or [k])}
     for name, drafter in contestants.items():
-        late = drafter.joins_forward and cuda  # the eager engine: as far as the time goes, from the shortest on
-        for part in [range(i, i + 1) for i in every] if late else [every]:
-            if late and time.perf_counter() - began > arguments.seconds:
-                break
-            outputs, steps = batches.run(drafter, part)
-            figures["tokens_per_step"][name] = steps
-            note("forks", name, outputs, part)
+        outputs, figures["tokens_per_step"][name] = batches.run(drafter, every)
+        note("forks", name, outputs, every)
         save()
         release()
     if cuda and not arguments.only:
@@ -211,9 +200,8 @@ def main() -> None:
         model, tokenizer = zoo.load("classics-20m", device=arguments.device, dtype=torch.bfloat16)
         batches = Batches(model, tokenizer, texts, size, tokens, arguments.context)
         for name, drafter in drafters().items():
-            if not drafter.joins_forward:
-                note("forks_in_bfloat16", name, batches.run(drafter, some)[0], some)
-                release()
+            note("forks_in_bfloat16", name, batches.run(drafter, some)[0], some)
+            release()
     save()
 
 

@@ -217,8 +217,8 @@ def load(device: str) -> Any:
 
 
 def continued(
-    books: list[str], held_out: list[str], seconds: float, options: dict[str, Any], control: bool, device: str
-) -> dict[str, Any]:
+    books: list[str], held_out: list[str], steps: int | None, seconds: float, options: dict[str, Any], control: bool, device: str
+) -> dict[str, Any]:  # fmt: skip
     """Figures before and after training; of the `control`: trained and judged with routed heads drawn at random."""
     tokenizer = heedful.zoo.load("classics-20m")[1]
     began = time.perf_counter()
@@ -238,10 +238,14 @@ def continued(
             show("random heads", model)
     name = "random heads, trained" if control else "converted, trained"
     with random_routing() if control else contextlib.nullcontext():
-        few, more = (train(corpus, tokenizer, n, options, device)[1] for n in (4, 24))
-        a_step = max(more - few, more / 2) / 20
-        steps = min(int(PRETRAINED_ON / 10 / (options["batch"] * LENGTH)), max(1, int(seconds / a_step)))
-        print(f"{a_step:.3f} s a step: {steps} steps", flush=True)
+        most = int(PRETRAINED_ON / 10 / (options["batch"] * LENGTH))
+        if steps is None:  # as many as the seconds allow
+            few, more = (train(corpus, tokenizer, n, options, device)[1] for n in (4, 24))
+            a_step = max(more - few, more / 2) / 20
+            steps = max(1, int(seconds / a_step))
+            print(f"{a_step:.3f} s a step", flush=True)
+        steps = min(most, steps)
+        print(f"{steps} steps", flush=True)
         model, took = train(corpus, tokenizer, steps, options, device)
         show(name, model)
     figures[name] |= {
@@ -253,9 +257,10 @@ def continued(
 def beside(part: str, arguments: argparse.Namespace, folder: str) -> Any:
     """Another part of this script, in a process of its own on the same device; its figures are written to a file."""
     out = Path(folder) / f"{part}.json"
-    options = [
-        f"--{name.replace('_', '-')}={value}" for name, value in vars(arguments).items() if name not in ("part", "out")
-    ]
+    given = {
+        name: value for name, value in vars(arguments).items() if name not in ("part", "out") and value is not None
+    }
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     command = [sys.executable, __file__, f"--part={part}", f"--out={out}", *options]
     return subprocess.Popen(command), out
 
@@ -265,7 +270,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=CLASSICS, help="folder with the books")
     parser.add_argument("--part", choices=("all", "scratch", "tuned", "control"), default="all")
     parser.add_argument("--seeds", type=int, default=3, help="of the character models")
-    parser.add_argument("--seconds", type=float, default=300, help="of continued training, at most")
+    parser.add_argument("--steps", type=int, help="of continued training; default: as many as --seconds allow")
+    parser.add_argument("--seconds", type=float, default=300, help="of continued training")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--recall", type=float, default=0.08, help="share of recall rows")
@@ -287,11 +293,13 @@ def main() -> None:
         return
     if arguments.part in ("tuned", "control"):
         control = arguments.part == "control"
-        arguments.out.write_text(json.dumps(continued(books, held_out, arguments.seconds, options, control, device)))
+        arguments.out.write_text(
+            json.dumps(continued(books, held_out, arguments.steps, arguments.seconds, options, control, device))
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
         others = [beside(part, arguments, folder) for part in ("scratch", "control")]
-        tuned = continued(books, held_out, arguments.seconds, options, False, device)
+        tuned = continued(books, held_out, arguments.steps, arguments.seconds, options, False, device)
         for process, _ in others:
             if process.wait():
                 raise SystemExit(f"a part failed: {process.args}")

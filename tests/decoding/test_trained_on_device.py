@@ -7,7 +7,9 @@ import torch
 from tiny_models import build, inputs
 
 import heedful
-from heedful.decoding import LongSpec, Medusa, PromptLookup, Sequence, graph
+from heedful.decoding import HiddenTransfer, LongSpec, Medusa, PromptLookup, Sequence, graph
+from heedful.decoding.device_walk import ancestors_of, with_appended
+from heedful.decoding.engine import Engine
 from heedful.decoding.generate import _Run
 
 GREEDY = {"max_new_tokens": 28, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -56,3 +58,59 @@ def test_end_tokens_inside_a_path():
     reference = model.generate(**given, **options)
     for kind in ("medusa", "longspec"):
         assert torch.equal(heedful.generate(model, drafter=made(kind, model), **given, **options).sequences, reference)
+
+
+@pytest.mark.parametrize("source", ["anchor", "previous"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["mistral", "llama", "gemma3_text", "qwen3"])
+def test_pseudo_rows_are_those_of_the_eager_engine(name, batch, source, monkeypatch):
+    """Nodes that no token is chosen at, with places in the cache, positions, windows and masks of their own."""
+    model = build(name, dtype=torch.float64)
+    given = inputs(model, batch=batch, length=11, padding="left" if batch > 1 else None)
+    reference = model.generate(**given, **GREEDY)
+    torch.manual_seed(0)
+    last = model.config.num_hidden_layers
+    drafter = HiddenTransfer.for_model(model, transfer_layers=[0, 1, last], source=source)
+    with torch.no_grad():
+        for map_ in drafter.maps:
+            map_.weight.add_(torch.randn_like(map_.weight), alpha=0.1)
+    accepted, capacity = [], None
+    for _ in range(2):  # a session that is used again begins anew
+        result = heedful.generate(model, drafter=drafter, **given, **GREEDY)
+        assert torch.equal(result.sequences, reference)
+        accepted.append(result.stats.accepted)
+        (session,) = graph.sessions_of(model).values()
+        assert capacity in (None, session.capacity)
+        capacity = session.capacity
+    monkeypatch.setattr(_Run, "_engine_class", lambda self, *_: Engine)
+    result = heedful.generate(model, drafter=drafter, **given, **GREEDY)
+    accepted.append(result.stats.accepted)
+    assert accepted[0] == accepted[1]
+    assert max(n for row in result.stats.accepted for n in row) >= (2 if name == "mistral" else 3)
+    for graphs, eager in zip(accepted[0], accepted[2], strict=True):
+        # The eager engine drafts nothing at first, here the root is repeated: where it was taken, texts are cut elsewhere.
+        if graphs[0] == eager[0] == 1:
+            assert graphs == eager
+    if name == "mistral":
+        assert accepted[0] == accepted[2]
+
+
+def test_appended_nodes_see_their_own_path():
+    parents = torch.tensor([[-1, 0, 0, 1]])
+    expected = ancestors_of(torch.tensor([[-1, 0, 0, 1, 0, 1, 2, 3, 4, 5, 6, 7]]))
+    assert torch.equal(with_appended(ancestors_of(parents), 2), expected)
+    assert torch.equal(with_appended(ancestors_of(parents), 1), expected[:, :8, :8])
+
+
+def test_trees_of_too_many_rows_are_left_to_the_eager_engine():
+    model = build("llama")
+    drafter = HiddenTransfer.for_model(model)
+    assert drafter.rows_per_node == 4
+    assert HiddenTransfer.for_model(model, num_transfer_steps=0).rows_per_node == 1
+    wide = (
+        [[i] for i in range(10)]
+        + [[i, j] for i in range(10) for j in range(10)]
+        + [[0, 0, j] for j in range(10)]
+        + [[0, 1, j] for j in range(10)]
+    )
+    assert HiddenTransfer.for_model(model, tree=wide).rows_per_node == 1

@@ -8,7 +8,16 @@ from decoding_tools import RandomTree, padding
 from tiny_models import build, inputs
 
 import heedful
-from heedful.decoding import LongSpec, Medusa, PromptLookup, Sequence, TokenRecycling, graph, release_graphs
+from heedful.decoding import (
+    HiddenTransfer,
+    LongSpec,
+    Medusa,
+    PromptLookup,
+    Sequence,
+    TokenRecycling,
+    graph,
+    release_graphs,
+)
 
 pytestmark = pytest.mark.gpu
 GREEDY = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -19,6 +28,7 @@ DRAFTERS = {
     "sequence": lambda model: Sequence(PromptLookup(), TokenRecycling(max_nodes=30)),
     "medusa": lambda model: Medusa.for_model(model).cuda(),
     "longspec": lambda model: LongSpec.for_model(model).cuda(),
+    "hidden transfer": lambda model: HiddenTransfer.for_model(model).cuda(),
 }
 
 
@@ -55,7 +65,8 @@ def test_every_drafter_gives_the_tokens_of_the_eager_engine(drafter, batch):
 def test_windows_soft_caps_and_trees_from_the_host(name):
     model, given = setting(name, batch=3)
     reference = model.generate(**given, **GREEDY)
-    for make in (DRAFTERS["token recycling"], lambda model: RandomTree(reference.cpu(), padding(given))):
+    host = lambda model: RandomTree(reference.cpu(), padding(given))  # noqa: E731
+    for make in (DRAFTERS["token recycling"], DRAFTERS["hidden transfer"], host):
         captured, eager = both(model, make, given, **GREEDY)
         assert torch.equal(captured.sequences, reference)
         assert torch.equal(eager.sequences, reference)
@@ -125,7 +136,7 @@ def test_sampled_tokens_have_the_models_distribution():
         assert (ours - theirs).abs().sum() / 2 < 0.06
 
 
-@pytest.mark.parametrize("drafter", ["none", "sequence", "longspec", "host"])
+@pytest.mark.parametrize("drafter", ["none", "sequence", "longspec", "hidden transfer", "host"])
 def test_one_synchronisation_a_step(drafter, monkeypatch):
     model, given = setting()
     reference = model.generate(**given, **GREEDY)

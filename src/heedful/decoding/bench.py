@@ -280,10 +280,10 @@ def bench_decode(
         for _ in range(3):
             run(prompts[0])  # type: ignore[arg-type]
     if device.type == "cuda":
-        for ids in _by_cache_size(prompts, max_new_tokens)[1:]:
+        for ids in _by_cache_size(prompts, max_new_tokens, [None, *drafters.values()])[1:]:
             for name, run in runs.items():
                 drafter = drafters.get(name.removeprefix("heedful, "))
-                if name == PLAIN or (drafter is not None and not drafter.joins_forward):
+                if name == PLAIN or drafter is not None:
                     run(ids)  # type: ignore[arg-type]
     for drafter in drafters.values():
         drafter.clear()
@@ -333,14 +333,14 @@ def bench_decode(
     return result
 
 
-def _by_cache_size(prompts: Sequence[Tensor], max_new_tokens: int) -> list[Tensor]:
-    """The first prompt of each size of the graph engine's cache, without and with drafts; the first of all comes first."""
+def _by_cache_size(prompts: Sequence[Tensor], max_new_tokens: int, drafters: Sequence[Drafter | None]) -> list[Tensor]:
+    """The first prompt of each size of the drafters' caches in the graph engine; the first of all comes first."""
     from heedful.decoding.graph import capacity_for
 
-    found: dict[tuple[int, int], Tensor] = {}
+    found: dict[tuple[int, ...], Tensor] = {}
     for ids in prompts:
         length = ids.shape[1] + max_new_tokens
-        found.setdefault((capacity_for(length, False), capacity_for(length, True)), ids)
+        found.setdefault(tuple(capacity_for(length, drafter) for drafter in drafters), ids)
     return list(found.values())
 
 

@@ -112,7 +112,9 @@ class GraphLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.length = 0
-        self.rows: tuple[Tensor, Tensor] | None = None  # (B, 1) and (B, n): where the nodes of a verification go
+        self.rows: tuple[Tensor, Tensor] | None = (
+            None  # (B, 1) and (B, n or more): where the nodes of a verification go
+        )
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -131,7 +133,7 @@ class GraphLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
         if self.rows is not None:
-            batch, places = self.rows
+            batch, places = self.rows[0], self.rows[1][:, : key_states.shape[2]]
             keys[batch, :, places] = key_states.transpose(1, 2)
             values[batch, :, places] = value_states.transpose(1, 2)
             return keys, values
@@ -179,7 +181,8 @@ class GraphCache(Cache):
             layer.length, layer.rows = 0, None
 
     def verify_at(self, rows: tuple[Tensor, Tensor] | None) -> None:
-        """Where the nodes of the coming verification are written: ``(B, 1)`` and ``(B, n)`` indices; None: no longer."""
+        """Where the rows of the coming verification are written: ``(B, 1)`` and ``(B, n)`` indices, of which a layer that has fewer
+        rows takes the first; None: no longer."""
         for layer in self.own_layers:
             layer.rows = rows
 

@@ -66,6 +66,16 @@ def ancestors_of(parents: Tensor) -> Tensor:
     return reach > 0.5
 
 
+def with_appended(ancestors: Tensor, steps: int) -> Tensor:
+    """Ancestor or self of trees ``(B, n, n)`` with a chain of ``steps`` more nodes below each node, which come behind all nodes step
+    by step: ``(B, n (1 + steps), n (1 + steps))``."""
+    nodes = ancestors.shape[1]
+    own = torch.eye(nodes, dtype=torch.bool, device=ancestors.device).expand_as(ancestors)
+    none = torch.zeros_like(ancestors)
+    rows = [[ancestors, *[own if other < step else none for other in range(steps)]] for step in range(steps + 1)]
+    return torch.cat([torch.cat(row, dim=2) for row in rows], dim=1)
+
+
 def trim(walked: Walk, end_tokens: Tensor, remaining: Tensor) -> tuple[Tensor, Tensor]:
     """Ends each walk with the first end-of-sequence token and with the last token there is room for.
 
@@ -85,14 +95,17 @@ def trim(walked: Walk, end_tokens: Tensor, remaining: Tensor) -> tuple[Tensor, T
     return count, (first_end < count) | (count >= remaining)
 
 
-def place(ancestors: Tensor, lengths: Tensor, positions: Tensor, last: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Where the nodes of trees with ``ancestors (B, n, n)`` stand: rows of the cache, and positions, both ``(B, n)``.
+def place(
+    ancestors: Tensor, lengths: Tensor, positions: Tensor, last: Tensor, capacity: int, rows_per_node: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Where the nodes of trees with ``ancestors (B, n, n)`` stand: rows of the cache ``(B, n * rows_per_node)``, and positions
+    ``(B, n)``.
 
     Rows that have ended are verified too, without a trace; theirs must not lie past the cache's end. Nodes past the ``last``
     token that may be emitted are never accepted, and learned positions may end there.
     """
     nodes = ancestors.shape[1]
-    rows = lengths[:, None] + torch.arange(nodes, device=lengths.device)
+    rows = lengths[:, None] + torch.arange(nodes * rows_per_node, device=lengths.device)
     depths = ancestors.sum(-1) - 1
     return rows.clamp(max=capacity - 1), torch.minimum(positions[:, None] + depths, last[:, None])
 

@@ -40,11 +40,14 @@ class Drafter:
     Attributes:
         requires: what the engine hands to `update` and `prefill`: a subset of ``"logits"``, ``"hidden_states"`` (after the
             final norm), ``"prompt_logits"``, ``"prompt_hidden_states"`` and ``"cache"``. Only that is computed.
-        joins_forward: whether the drafter takes part in the model's forward itself, which then runs in the eager engine.
+        joins_forward: whether the drafter takes part in the model's forward itself (`joining`).
+        rows_per_node: rows of the forward that a node of the tree has, its own included, where the drafter appends the most. A
+            drafter that joins the forward and leaves it at 1 runs in the eager engine.
     """
 
     requires: frozenset[str] = frozenset()
     joins_forward: bool = False
+    rows_per_node: int = 1
 
     def begin(self, model: PreTrainedModel, batch_size: int) -> None:
         """Called once per generate, before the prompt is read. What was learned before stays."""
@@ -150,6 +153,15 @@ class DeviceDrafter:
 
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
         """The prompt has been read (not captured); as `Drafter.prefill`."""
+
+    def joining(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """As `Drafter.joining`, around forwards that are captured: n rows may become up to ``rows_per_node`` times n.
+
+        What is appended comes behind the n nodes, step by step: row ``s * n + i`` is one more node, a child of row
+        ``(s - 1) * n + i``. The session gives such rows their attention and their places in the cache, and the next
+        verification writes over them.
+        """
+        return nullcontext()
 
     def advance(self, step: DeviceStep) -> Tensor | tuple[Tensor, Tensor]:
         """Learns from a verification and drafts the next trees.

@@ -225,6 +225,10 @@ class _Run:
             return Engine
         from heedful.decoding.graph import GraphEngine, unsupported
 
+        if self.compile and self.drafter is not None and self.drafter.rows_per_node > 1:
+            raise ValueError(
+                f"{type(self.drafter).__name__} appends rows to the model's forward, which is not compiled then: leave compile out"
+            )
         reason = unsupported(model, self.drafter, processors, StopChecker(criteria, 1), model_kwargs)
         if reason is None:
             return partial(GraphEngine, compile=self.compile)

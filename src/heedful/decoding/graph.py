@@ -31,7 +31,7 @@ from transformers import (
 
 from heedful.attention import tree_attention
 from heedful.decoding.cache import GraphCache
-from heedful.decoding.device_walk import ancestors_of, place, settle
+from heedful.decoding.device_walk import ancestors_of, place, settle, with_appended
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.engine import Engine, _hidden_states
 from heedful.decoding.selection import StopChecker
@@ -115,7 +115,7 @@ def unsupported(
         return "parts are attached to the model"
     if routes_heads(text):
         return "its attention chooses heads (convert_to_moh), which the tree attention kernel would not"
-    if drafter is not None and drafter.joins_forward:
+    if drafter is not None and drafter.joins_forward and drafter.rows_per_node == 1:
         return f"{type(drafter).__name__} takes part in the model's forward"
     heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if heads not in _HEAD_SIZES:
@@ -141,9 +141,10 @@ def unsupported(
     return None
 
 
-def capacity_for(max_length: int, drafting: bool) -> int:
-    """Rows of the cache for sequences of up to ``max_length`` tokens."""
-    return -(-(max_length + (BUCKETS[-1] if drafting else 1)) // ROWS) * ROWS
+def capacity_for(max_length: int, drafter: Drafter | None) -> int:
+    """Rows of the cache for sequences of up to ``max_length`` tokens, and a tree behind them."""
+    room = 1 if drafter is None else BUCKETS[-1] * drafter.rows_per_node
+    return -(-(max_length + room) // ROWS) * ROWS
 
 
 def release_graphs(model: PreTrainedModel | None = None) -> None:
@@ -183,7 +184,7 @@ class TreeAttention(Kernel):
             call.query,
             call.key,
             call.value,
-            s.shown.ancestors,
+            s.shown.mask(call.query.shape[2]),
             s.lengths,
             prefix_start=s.padding,
             window=call.keywords.get("sliding_window"),
@@ -217,6 +218,16 @@ class Trees:
             self.ancestors[:] = shape.ancestors.to(device)
             self.path_length = shape.depth + 1
         self.batch, self.nodes = batch, nodes
+        self._appended: dict[int, Tensor] = {}
+
+    def mask(self, rows: int) -> Tensor:
+        """Which rows see each other, ``(B, rows, rows)``: the nodes, and what a drafter has appended to them (`DeviceDrafter.joining`,
+        with trees of one shape)."""
+        if rows == self.nodes:
+            return self.ancestors
+        if rows not in self._appended:
+            self._appended[rows] = with_appended(self.ancestors, rows // self.nodes - 1)
+        return self._appended[rows]
 
     def put(self, trees: Sequence[VerifiedTree | None]) -> None:
         """Uploads the host's trees; nodes past a tree's last one see themselves alone and follow nobody."""
@@ -241,7 +252,7 @@ class Session:
         batch: rows.
         capacity: rows of the cache.
         drafter: drafts on the device, or None: trees come from the host, or there are none.
-        requires: of the drafter.
+        requires, rows_per_node: of the drafter.
         processors: temperature, top-k, top-p and min-p.
         do_sample: draw instead of taking the arg-max.
         compiled: where compiled functions are kept; None runs the model's forward and all else without torch.compile.
@@ -256,6 +267,7 @@ class Session:
         *,
         drafter: DeviceDrafter | None,
         requires: frozenset[str],
+        rows_per_node: int = 1,
         processors: LogitsProcessorList,
         do_sample: bool,
         compiled: dict[tuple[Any, ...], Callable[..., Any]] | None,
@@ -263,6 +275,7 @@ class Session:
     ) -> None:
         self.model, self.batch, self.capacity = model, batch, capacity
         self.drafter, self.requires, self.do_sample = drafter, requires, do_sample
+        self.rows_per_node = rows_per_node
         self.processors = processors
         self.compiled, self.capture = compiled, capture
         self.owner: Drafter | None = None  # kept, so that no other drafter gets the id by which this session is known
@@ -362,7 +375,7 @@ class Session:
         self.shown = trees
         nodes = trees.nodes
         places, positions = self._compiled(place, nodes)(
-            trees.ancestors, self.lengths, self.positions, self.last, self.capacity
+            trees.ancestors, self.lengths, self.positions, self.last, self.capacity, self.rows_per_node
         )
         self.cache.verify_at((self.rows, places))
         self.hidden.clear()
@@ -472,7 +485,9 @@ class CapturedStep:
     @contextmanager
     def _attached(self) -> Iterator[None]:
         part = TreeAttention(self.session)
-        with attach(self.session.model, part), torch.no_grad(), _hidden_states_of(self.session):
+        drafter, model = self.session.drafter, self.session.model
+        joining = nullcontext() if drafter is None else drafter.joining(model)
+        with attach(model, part), torch.no_grad(), _hidden_states_of(self.session), joining:
             yield
 
     def _capture(self) -> None:
@@ -526,7 +541,7 @@ class GraphEngine(Engine):
         drafter = self.drafter
         if drafter is not None:
             drafter.begin(self.model, self.batch)
-        capacity = capacity_for(cast(int, self.max_length), drafter is not None)
+        capacity = capacity_for(cast(int, self.max_length), drafter)
         sampler = tuple((type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.select.processors)
         key = (self.batch, capacity, None if drafter is None else id(drafter), self.config.do_sample, sampler,
                compile, capture, self.model.dtype, model_device(self.model))  # fmt: skip
@@ -542,6 +557,7 @@ class GraphEngine(Engine):
                 capacity,
                 drafter=self._on_device(capacity),
                 requires=self.requires,
+                rows_per_node=1 if drafter is None else drafter.rows_per_node,
                 processors=copy.deepcopy(self.select.processors),
                 do_sample=bool(self.config.do_sample),
                 compiled=known.compiled if compile else None,

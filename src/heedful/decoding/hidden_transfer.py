@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from heedful.decoding.drafter import DraftingOutputs
+from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
 from heedful.decoding.medusa import MC_SIM_7B_63
 from heedful.decoding.sizing import forward_costs
 from heedful.decoding.support import model_device
@@ -29,6 +29,7 @@ from heedful.decoding.tree import DraftTree
 from heedful.seam import AttentionCall, Kernel, Verification, attach
 
 _BLOCK = 128  # anchors whose attention is worked out at once in training
+_MOST_NODES = 128  # of a tree in CUDA graphs
 
 
 class HiddenTransfer(RankDrafter):
@@ -66,10 +67,11 @@ class HiddenTransfer(RankDrafter):
 
     Cost:
         ``k H (H + 1)`` parameters. A verification of n rows runs ``n (1 + live steps)`` rows in the layers from the first
-        transfer on. It runs in the eager engine with a dynamic cache, also on a GPU.
+        transfer on.
 
     When not to use:
-        Where rows are not nearly free: a tree of 25 nodes is 100 rows in the upper layers.
+        Where rows are not nearly free: a tree of 25 nodes is 100 rows in the upper layers. With ``compile=True``, which is
+        refused.
 
     Paper:
         "Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration", Wu, Liu, Gong, Wang, Li, Wang,
@@ -153,17 +155,31 @@ class HiddenTransfer(RankDrafter):
 
     # The verification's forward ---------------------------------------------------------------------------------------------
 
+    @property
+    def rows_per_node(self) -> int:  # type: ignore[override]
+        return 1 + self.num_transfer_steps if len(self.tree) <= _MOST_NODES else 1
+
     @contextmanager
     def joining(self, model: PreTrainedModel) -> Iterator[None]:
-        """Around one forward of n rows: pseudo rows are appended in the chosen layers and taken off before the final norm.
-
-        Appended rows are ordered by step, then by anchor; their keys come behind those of the real rows.
-        """
         if not self.drafted.paths:
             yield
             return
+        with self.pseudo_rows(model) as run:
+            yield
+        self._pseudo = run.pseudo
+
+    @contextmanager
+    def pseudo_rows(self, model: PreTrainedModel, masks: bool = True) -> Iterator[_Joined]:
+        """Around one forward of n rows: pseudo rows are appended in the chosen layers and taken off before the final norm.
+
+        Appended rows are ordered by step, then by anchor; their keys come behind those of the real rows.
+
+        Args:
+            model: the target.
+            masks: extend the forward's masks to them; False where the attention knows of them (`DeviceDrafter.joining`).
+        """
         decoder, layers = model.get_decoder(), _layers(model)
-        run = _Joined(self)
+        run = _Joined(self, masks)
         with ExitStack() as hooks:
             rotations = hooks.enter_context(_Rotations(decoder))
             for index, layer in enumerate(layers):
@@ -172,8 +188,7 @@ class HiddenTransfer(RankDrafter):
                     hooks.callback(handle.remove)
             handle = decoder.norm.register_forward_pre_hook(run.before_norm)
             hooks.callback(handle.remove)
-            yield
-        self._pseudo = run.pseudo
+            yield run
 
     def read_out(self, pseudo: Tensor) -> Tensor:
         """Logits ``(..., V)`` of last-layer pseudo states, by the model's own norm and head."""
@@ -204,9 +219,13 @@ class HiddenTransfer(RankDrafter):
         if not self.drafted.paths:
             return
         rows, last = ends_of(paths, self._pseudo.device)
-        self._candidates = self._best(self._pseudo[rows, :, last]).cpu()
+        self._candidates = self.best(self._pseudo[rows, :, last]).cpu()
 
-    def _best(self, pseudo: Tensor) -> Tensor:
+    def on_device(self, model: PreTrainedModel, batch_size: int, capacity: int) -> DeviceDrafter:
+        return _TransfersOnDevice(self)
+
+    def best(self, pseudo: Tensor) -> Tensor:
+        """The candidates ``(..., ranks)``, best first, of last-layer pseudo states ``(..., H)``."""
         logits = self.read_out(pseudo)[..., : self.target.config.get_text_config(decoder=True).vocab_size]
         return logits.topk(min(RANKS, logits.shape[-1]), dim=-1).indices
 
@@ -315,18 +334,44 @@ class HiddenTransfer(RankDrafter):
         found, chosen = [], []
         for batch in rows.to(model_device(model)).split(8):
             pseudo, hidden = self.pseudo_states(model, batch)
-            found.append(self._best(pseudo.transpose(1, 2)))
+            found.append(self.best(pseudo.transpose(1, 2)))
             chosen.append(model_logits(model, hidden).argmax(-1))
         accuracies, _ = rank_accuracies(torch.cat(found), torch.cat(chosen), prompt=prompt)
         self.set_tree(best_tree(accuracies, max_nodes), accuracies)
         return accuracies
 
 
+class _TransfersOnDevice(DeviceDrafter):
+    """The same in the captured step. The prompt's forward spawns nothing: the first draft repeats the root."""
+
+    def __init__(self, drafter: HiddenTransfer) -> None:
+        self.drafter, self.tree = drafter, drafter.drafted
+        self.parents, self.num_nodes, self.max_depth = self.tree.parents, len(self.tree), self.tree.depth
+        self.tree.places = self.tree.places.to(model_device(drafter.target))
+        self.pseudo: Tensor
+
+    @contextmanager
+    def joining(self, model: PreTrainedModel) -> Iterator[None]:
+        if not self.tree.paths:
+            yield
+            return
+        with self.drafter.pseudo_rows(model, masks=False) as run:
+            yield
+        self.pseudo = run.pseudo
+
+    def advance(self, step: DeviceStep) -> Tensor:
+        if step.tokens.shape[1] < self.num_nodes or not self.tree.paths:
+            return step.roots[:, None].expand(-1, self.num_nodes)
+        last = step.path.gather(1, step.count[:, None] - 1)[:, None, :, None]
+        pseudo = self.pseudo.gather(2, last.expand(-1, self.pseudo.shape[1], -1, self.pseudo.shape[3]))[:, :, 0]
+        return self.tree.fill(step.roots, self.drafter.best(pseudo))
+
+
 class _Joined:
     """One forward with pseudo rows: what the hooks share."""
 
-    def __init__(self, drafter: HiddenTransfer) -> None:
-        self.drafter = drafter
+    def __init__(self, drafter: HiddenTransfer, masks: bool) -> None:
+        self.drafter, self.extends_masks = drafter, masks
         self.nodes: int | None = None
         self.live = 0
         self.pseudo: Tensor
@@ -351,9 +396,10 @@ class _Joined:
             kwargs = dict(kwargs)
             hidden = self._append(index, args[0] if args else kwargs.pop("hidden_states"))
             nodes, live = cast(int, self.nodes), self.live
-            cache: Any = kwargs.get("past_key_values", kwargs.get("past_key_value"))
-            keys = cache.get_seq_length(index) + nodes
-            kwargs["attention_mask"] = self.mask(kwargs.get("attention_mask"), hidden, keys, self.windows[index])
+            if self.extends_masks:
+                cache: Any = kwargs.get("past_key_values", kwargs.get("past_key_value"))
+                keys = cache.get_seq_length(index) + nodes
+                kwargs["attention_mask"] = self.mask(kwargs.get("attention_mask"), hidden, keys, self.windows[index])
             positions = kwargs.get("position_ids")
             if positions is not None:
                 ahead = torch.arange(live + 1, device=positions.device)[:, None]
