@@ -169,7 +169,9 @@ def main() -> None:
         spec = importlib.util.spec_from_file_location(name, HERE / "operators" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[name] = importlib.util.module_from_spec(
+            spec
+        )  # torch.compile looks its functions' module up there
         spec.loader.exec_module(module)
         bench = Bench(arguments.quick)
         try:

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny_models import build
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from heedful.decoding import DecodingStats, PromptLookup
 from heedful.decoding.bench import (
@@ -18,6 +19,7 @@ from heedful.decoding.bench import (
     interleaved,
     read_questions,
 )
+from heedful.decoding.support import without_cudnn_attention
 
 
 def answer(category, tokens, seconds, gap=None, accepted=None):
@@ -149,3 +151,16 @@ def test_a_wrong_output_is_counted_with_its_gap():
 
 def test_stats_of_a_batch_count_its_rows():
     assert DecodingStats(accepted=[[1, 2], [3]], steps=2).tokens_per_step == pytest.approx(2.0)
+
+
+def test_kernels_without_plans_are_a_users_choice_less_cudnn():
+    flags = torch.backends.cuda
+    with without_cudnn_attention(torch.device("cuda")):
+        assert not flags.cudnn_sdp_enabled()
+        assert flags.flash_sdp_enabled()
+    assert flags.cudnn_sdp_enabled()
+    with sdpa_kernel(SDPBackend.MATH), without_cudnn_attention(torch.device("cuda")):
+        assert flags.math_sdp_enabled()
+        assert not flags.flash_sdp_enabled()
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), without_cudnn_attention(torch.device("cuda")):
+        assert flags.cudnn_sdp_enabled()  # nothing else is allowed

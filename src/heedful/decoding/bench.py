@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from heedful.decoding.drafter import Drafter
 from heedful.decoding.generate import generate
 from heedful.decoding.stats import DecodingStats
-from heedful.decoding.support import model_device
+from heedful.decoding.support import model_device, without_cudnn_attention
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -261,10 +261,12 @@ def bench_decode(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
 
     def transformers(ids: LongTensor, **more: Any) -> tuple[Tensor, None]:
-        return cast(Any, model).generate(ids, **options, **more), None
+        with without_cudnn_attention(ids.device):
+            return cast(Any, model).generate(ids, **options, **more), None
 
     def ours(ids: LongTensor, drafter: Drafter | None) -> tuple[Tensor, DecodingStats]:
-        result = generate(model, ids, drafter, **options)
+        with without_cudnn_attention(ids.device):
+            result = generate(model, ids, drafter, **options)
         return result.sequences, result.stats
 
     runs: dict[str, Callable[[LongTensor], tuple[Tensor, DecodingStats | None]]] = {
@@ -300,7 +302,8 @@ def bench_decode(
         "complete": False,
         "protocol": "Spec-Bench: batch 1, greedy, three warm-ups on the first question, wall time with prefill, ratio of means",
         "baseline": "transformers' own generate with its defaults (dynamic cache, no compilation, one launch a kernel), the same "
-        "model object and dtype; heedful's plain loop is the row without drafts, with the kernels that drafters use",
+        "model object and dtype; heedful's plain loop is the row without drafts, with the kernels that drafters use"
+        + ("; SDPA without cuDNN, for all, which builds a plan at each new length" if device.type == "cuda" else ""),
     }
     result = DecodeBenchmark(answers, setting)
     began = perf_counter()

@@ -23,7 +23,7 @@ from heedful.decoding.drafter import Drafter, DraftingOutputs
 from heedful.decoding.masks import MaskBuilder
 from heedful.decoding.selection import StopChecker, TokenSelector
 from heedful.decoding.stats import DecodingStats
-from heedful.decoding.support import model_device, vocabulary_size
+from heedful.decoding.support import model_device, vocabulary_size, without_cudnn_attention
 from heedful.decoding.tree import DraftTree, VerifiedTree, topology
 from heedful.seam import Verification
 
@@ -124,7 +124,7 @@ class Engine:
             started = perf_counter()
             self.read_prompt(hidden)
             self.stats.prefill_seconds = perf_counter() - started
-            with _decode_optimizations(self.model):
+            with _decode_optimizations(self.model), without_cudnn_attention(model_device(self.model)):
                 while active := self.active_rows():
                     self.step(active, hidden)
         if self.streamer is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from heedful.decoding.cache import SUPPORTED_LAYERS
@@ -198,3 +200,15 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 def model_device(model: PreTrainedModel) -> torch.device:
     """The device of the input embeddings, where token ids go."""
     return cast(Tensor, model.get_input_embeddings().weight).device
+
+
+def without_cudnn_attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a GPU: scaled_dot_product_attention without its cuDNN form, which builds a plan of tens of milliseconds for every new number
+    of keys. In decoding each step has one. A user's own choice of kernels stays."""
+    kinds = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    }
+    chosen = [kind for kind, enabled in kinds.items() if enabled()]
+    return sdpa_kernel(chosen) if device.type == "cuda" and chosen else nullcontext()

@@ -268,7 +268,7 @@ def routed_output(
 
     When not to use:
         Where a token has more than an eighth or so of the heads: an element of the result takes 2 D operations of a head and 4
-        bytes of traffic, so one dense product over zeros is faster (on an H100, D = 128, half of 16 heads: 4 times).
+        bytes of traffic, so one dense product over zeros is faster (on an H200, D = 128, half of 16 heads: 4 times).
 
     Paper:
         "MoH: Multi-Head Attention as Mixture-of-Head Attention", arXiv 2410.11842.

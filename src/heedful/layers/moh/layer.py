@@ -12,7 +12,7 @@ from heedful.attention import choose_heads, dispatch_heads, routed_attention, ro
 from heedful.layers.moh.routing import load_balance
 
 # Keys of a row times the share of heads that a token does not have, from which on skipping is faster than computing all heads
-# (on an H100, in bfloat16: reproductions/results/attention-moh-h100.json).
+# (on an H200, in bfloat16: reproductions/results/attention-moh-h200.json).
 SKIP_FROM = 4096
 # The output projection skips heads where a token has at most one in so many of the routed ones: above, one dense product over
 # zeros is faster than products of each head's rows and their sum.
