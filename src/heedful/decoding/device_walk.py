@@ -56,13 +56,17 @@ def walk(tokens: Tensor, parents: Tensor, ancestors: Tensor, choices: Tensor, pa
     return Walk(path, choices.gather(1, path), count)
 
 
-def ancestors_of(parents: Tensor) -> Tensor:
-    """Ancestor or self, bool ``(B, n, n)``, of the trees ``parents (B, n)`` (-1: a root), by squaring the parent relation."""
+def ancestors_of(parents: Tensor, depth: int | None = None) -> Tensor:
+    """Ancestor or self, bool ``(B, n, n)``, of the trees ``parents (B, n)`` (-1: a root), by squaring the parent relation.
+
+    ``depth``: no node lies deeper, at most 128; None for n - 1.
+    """
     nodes = parents.shape[1]
     index = torch.arange(nodes, device=parents.device)
     reach = ((parents[:, :, None] == index) | (index[:, None] == index)).float()
-    for _ in range(max(1, (nodes - 1).bit_length())):
-        reach = (reach @ reach).clamp(max=1.0)
+    deepest = nodes - 1 if depth is None else depth
+    for _ in range(max(0, deepest - 1).bit_length()):
+        reach = reach @ reach  # numbers of ways, below 1e38
     return reach > 0.5
 
 

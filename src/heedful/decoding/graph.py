@@ -423,7 +423,7 @@ class Session:
         if isinstance(drafted, tuple):
             drafted, parents = drafted
             trees.parents.copy_(parents)
-            trees.ancestors.copy_(ancestors_of(parents))
+            trees.ancestors.copy_(ancestors_of(parents, self.drafter.max_depth))
         trees.tokens.copy_(drafted)
 
     def step_of(self, nodes: int) -> CapturedStep:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from heedful.attention import tree_attention
-from heedful.decoding.device_walk import ancestors_of
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
 from heedful.decoding.sizing import forward_costs, seconds_of
 from heedful.decoding.support import model_device
@@ -383,23 +382,30 @@ class _State:
         tokens, parents = roots[:, None], torch.full_like(roots, -1)[:, None]
         scores = torch.zeros(batch, 1, device=roots.device)
         own_keys, own_values = self.keys, self.values
+        at = positions[:, None] + torch.arange(len(self.shape), device=roots.device)  # of each level
+        cos, sin = _rotation(self.model, at)
+        kept = self.positions[:, None, :]
+        past = (kept >= 0) & (kept >= at[:, :, None] - block.window)
+        path = torch.ones(
+            batch, 1, 1, dtype=torch.bool, device=roots.device
+        )  # of a level's nodes: which nodes they see
         begin = 0  # of the last level
         for depth, width in enumerate(self.shape):
-            level = tokens[:, begin:]
+            level, of_level = tokens[:, begin:], slice(depth, depth + 1)
             x = self.model.get_input_embeddings()(level)
-            at = (positions + depth)[:, None].expand_as(level)
-            rotation = _rotation(self.model, at)
+            rotation = cos[:, of_level], sin[:, of_level]
             normed, keys, values = block.keys_values(x, rotation)
             own_keys, own_values = torch.cat([own_keys, keys], 2), torch.cat([own_values, values], 2)
-            kept = self.positions[:, None, :]
-            past = (kept >= 0) & (kept >= at[:, :, None] - block.window)
-            mask = torch.cat([past, ancestors_of(parents)[:, begin:]], dim=2)
+            mask = torch.cat([past[:, of_level].expand(-1, level.shape[1], -1), path], dim=2)
             h = block.own_attention(x, normed, rotation, own_keys, own_values, mask)
             read = _read(block.cross_query(h, rotation), memory, lengths, padding)
             logits = F.linear(block.finish(h, read), self.head[: self.vocabulary])
             grown = scores[:, :, None] + logits.float().log_softmax(-1)  # (B, nodes of the level, V)
             best = grown.flatten(1).topk(width, dim=1)
-            parents = torch.cat([parents, begin + best.indices // self.vocabulary], dim=1)
+            above = best.indices // self.vocabulary
+            parents = torch.cat([parents, begin + above], dim=1)
+            itself = torch.eye(width, dtype=torch.bool, device=roots.device).expand(batch, -1, -1)
+            path = torch.cat([path.gather(1, above[:, :, None].expand(-1, -1, path.shape[2])), itself], dim=2)
             begin = tokens.shape[1]
             tokens = torch.cat([tokens, best.indices % self.vocabulary], dim=1)
             scores = best.values
@@ -490,21 +496,24 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of ``(B, heads, T, D)``, halves rotated against each other."""
+    """Rotary embedding of ``(B, heads, T, D)``, halves rotated against each other, in the precision of the `_turns`."""
     cos, sin = (part[:, None] for part in rotation)
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return (x.float() * cos + turned.float() * sin).to(x.dtype) if x.dtype != torch.float64 else x * cos + turned * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+
+
+def _turns(angles: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+    """cos, and sin with the first half's sign turned, ``(..., D)``, for angles ``(..., D / 2)``."""
+    cos, sin = angles.cos() * scaling, angles.sin() * scaling
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def _rotation(model: PreTrainedModel, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin ``(B, T, D)`` of the target's full-attention layers, in float32 (float64 for models in float64)."""
+    """The `_turns` ``(B, T, D)`` of the target's full-attention layers, in float32 (float64 for models in float64)."""
     frequencies, scaling = _frequencies(model)
     wide = torch.float64 if model.dtype == torch.float64 else torch.float32
     with torch.autocast(positions.device.type, enabled=False):
         angles = positions.to(wide)[..., None] * frequencies.to(device=positions.device, dtype=wide)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos() * scaling, angles.sin() * scaling
+        return _turns(angles, scaling)
 
 
 def _frequencies(model: PreTrainedModel) -> tuple[Tensor, float]:
@@ -555,7 +564,7 @@ def _check_rotation(model: PreTrainedModel) -> None:
         )
     x = torch.linspace(-1, 1, 3 * dim).view(1, 1, 3, dim)
     angles = torch.arange(3.0)[None, :, None] * frequencies.float().cpu()
-    ours = _rotate(x, (torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()))
+    ours = _rotate(x, _turns(angles))
     if not any(
         theirs.shape == x.shape and torch.allclose(theirs, ours, atol=1e-5) for theirs in _rotated(apply, x, angles)
     ):

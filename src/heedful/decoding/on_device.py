@@ -23,7 +23,7 @@ class RecyclingOnDevice(DeviceDrafter):
 
     Attributes:
         tokens: ``(V, k)`` int64, the successors of every token, likeliest first; -1 where nothing is known yet.
-        shares: ``(V, k)`` float32.
+        shares: ``(V, k)`` float32, 0 where nothing is known.
     """
 
     parents = None
@@ -33,11 +33,16 @@ class RecyclingOnDevice(DeviceDrafter):
         self.max_depth = len(template.levels)
         self.tokens = torch.full((vocabulary, k), -1, device=device)
         self.shares = torch.zeros(vocabulary, k, device=device)
-        self.levels = [
-            tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in (level, parents, ranks))
-            for level, parents, _, ranks in template.levels
-        ]
-        self.template = torch.from_numpy(template.parents).to(device)
+        # Nodes level by level: each has its parent's place in the level above, and its rank. The root's parent is a place
+        # behind all nodes.
+        order = np.concatenate([[0], *(level for level, *_ in template.levels)])
+        place = np.argsort(order)
+        begins = np.cumsum([0, 1, *(len(level) for level, *_ in template.levels)])
+        above = [place[parents] - begin for (_, parents, *_), begin in zip(template.levels, begins, strict=False)]
+        ranks = [ranks for *_, ranks in template.levels]
+        self.levels = [tuple(torch.from_numpy(a).to(device) for a in level) for level in zip(above, ranks, strict=True)]
+        self.template = torch.from_numpy(np.append(len(order), place[template.parents[order[1:]]])).to(device)
+        self.numbers = torch.arange(self.num_nodes, device=device)[None]
 
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
         if outputs.logits is not None:  # update_from_prompt
@@ -56,21 +61,20 @@ class RecyclingOnDevice(DeviceDrafter):
 
     def read(self, roots: Tensor) -> tuple[Tensor, Tensor]:
         """The trees below ``roots (B,)``: tokens and parents ``(B, num_nodes)``."""
-        batch = roots.shape[0]
-        tokens = roots[:, None].repeat(1, len(self.template))
-        scores = torch.ones(batch, len(self.template), device=roots.device)
-        for level, parents, ranks in self.levels:
-            above = tokens[:, parents].clamp(0, self.vocabulary - 1)
-            known = self.tokens[above, ranks]
-            tokens[:, level] = known.clamp(min=0)
-            scores[:, level] = scores[:, parents] * self.shares[above, ranks] * (known >= 0)
+        level_tokens = [roots[:, None].clamp(max=self.vocabulary - 1)]
+        level_scores = [torch.ones_like(level_tokens[0], dtype=torch.float32)]
+        for above, ranks in self.levels:
+            token = level_tokens[-1][:, above]  # -1, of which nothing is known, reads some row, to a score of 0
+            level_tokens.append(self.tokens[token, ranks])
+            level_scores.append(level_scores[-1][:, above] * self.shares[token, ranks])
+        tokens, scores = torch.cat([roots[:, None], *level_tokens[1:]], dim=1), torch.cat(level_scores, dim=1)
         # A node never scores above its parent, and with equal scores comes after it: the best nodes are a tree.
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.num_nodes].sort(dim=1).values
-        places = torch.full((batch, len(self.template) + 1), -1, device=roots.device)
-        places.scatter_(1, best, torch.arange(self.num_nodes, device=roots.device).expand(batch, -1))
-        parents = places.gather(1, self.template[best] % (len(self.template) + 1))  # of the root: the spare place, -1
-        parents = torch.where(scores.gather(1, best) > 0, parents, -1)
-        return tokens.gather(1, best), parents
+        places = torch.full((roots.shape[0], tokens.shape[1] + 1), -1, device=roots.device)
+        places.scatter_(1, best, self.numbers.expand_as(best))
+        parents = places.gather(1, self.template[best])
+        parents = parents.masked_fill(scores.gather(1, best) <= 0, -1)
+        return tokens.gather(1, best).clamp(min=0), parents
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Top k of logits ``(..., V)``, without the head's padding."""
@@ -100,8 +104,10 @@ class LookupOnDevice(DeviceDrafter):
         self.num_nodes, self.max_depth, self.max_ngram_size = num_tokens + 1, num_tokens, max_ngram_size
         self.num_tokens_short = num_tokens_short
         self.text = torch.full((batch, capacity + 1), -1, device=device)  # the last place takes what is not written
-        self.length = torch.zeros(batch, dtype=torch.long, device=device)  # of the text, the root included
+        self.places = torch.arange(capacity, device=device)
         self.chain = torch.arange(-1, num_tokens, device=device)
+        self.steps = torch.arange(num_tokens + 1, device=device)
+        self.sizes = torch.arange(max_ngram_size, device=device)
 
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
         self.text.fill_(-1)
@@ -111,40 +117,40 @@ class LookupOnDevice(DeviceDrafter):
             self.text[:, : tokens.shape[1]].masked_fill_(padding, -1)
 
     def advance(self, step: DeviceStep) -> tuple[Tensor, Tensor]:
-        # The accepted nodes' tokens but the root, which is in the text already, and the new root behind them.
+        # Right behind the old root, which is in the text already: the other accepted nodes' tokens, and the new root.
         new = torch.cat([step.tokens.gather(1, step.path)[:, 1:], step.roots[:, None]], dim=1)
-        m = new.shape[1]
-        order = torch.arange(m, device=new.device)
-        spare = self.text.shape[1] - 1
-        start = (step.lengths - step.count + 1)[:, None]  # right behind the old root
-        places = torch.where(order < step.count[:, None] - 1, start + order, spare)
-        self.text.scatter_(1, places.clamp(max=spare), new)
-        self.text.scatter_(1, step.lengths[:, None].clamp(max=spare), step.roots[:, None])
+        order, spare = torch.arange(1, new.shape[1] + 1, device=new.device), self.text.shape[1] - 1
+        count = step.count[:, None]
+        places = (step.lengths[:, None] - count + order).masked_fill_(order > count, spare)
+        self.text.scatter_(1, places.clamp_(max=spare), torch.where(order == count, step.roots[:, None], new))
         self.text[:, -1] = -1
         return self.read(step.lengths)
 
     def read(self, ends: Tensor) -> tuple[Tensor, Tensor]:
         """Chains ``(B, num_tokens + 1)`` for texts whose root is at ``ends (B,)``."""
-        text, place = self.text[:, :-1], torch.arange(self.text.shape[1] - 1, device=ends.device)
-        score = torch.zeros_like(text)  # by the length of the match, then the latest
-        matches = torch.ones_like(text, dtype=torch.bool)
-        for size in range(self.max_ngram_size):
-            token = text.gather(1, (ends[:, None] - size).clamp(min=0))
-            shifted = torch.nn.functional.pad(text, (size, 0), value=-2)[:, : text.shape[1]]
-            matches = matches & (shifted == token) & (token >= 0) & (ends[:, None] >= size)
-            score = score + matches
-        earlier = place < ends[:, None]
-        score = torch.where(earlier & (score > 0), score * text.shape[1] + place, -1)
-        best, at = score.max(dim=1)
-        steps = torch.arange(1, self.num_nodes, device=ends.device)
-        source = at[:, None] + steps
-        whole = best >= self.max_ngram_size * text.shape[1]  # the longest n-gram matched
-        count = torch.where(whole, self.num_nodes - 1, self.num_tokens_short)
-        known = (best >= 0)[:, None] & (source <= ends[:, None]) & (steps <= count[:, None])
-        tokens = text.gather(1, source.clamp(max=text.shape[1] - 1))
-        roots = text.gather(1, ends[:, None])
-        parents = torch.where(torch.cat([roots < -1, known], dim=1), self.chain, -1)
-        return torch.cat([roots, tokens.clamp(min=0)], dim=1), parents
+        text, ends = self.text[:, :-1], ends[:, None]
+        length = text.shape[1]
+        pattern = text.gather(1, (ends - self.sizes).clamp_(min=0))  # the root, the token before it, ...
+        pattern.masked_fill_(
+            (pattern < 0) | (ends < self.sizes), -3
+        )  # padding and what lies before the text match nothing
+        before = torch.nn.functional.pad(text, (self.max_ngram_size - 1, 0), value=-2)
+        matches = score = text == pattern[:, :1]
+        for size in range(1, self.max_ngram_size):
+            shifted = before[:, self.max_ngram_size - 1 - size :][:, :length]
+            matches = matches & (shifted == pattern[:, size : size + 1])
+            score = score + matches.long()
+        # The longest match, and of several the latest.
+        rank = torch.add(self.places, score, alpha=length).masked_fill_(self.places >= ends, -1)
+        best, at = rank.max(dim=1, keepdim=True)
+        # As many tokens as there are behind it; few after a match shorter than the longest.
+        count = torch.minimum(
+            ends - at, torch.where(best >= self.max_ngram_size * length, self.num_nodes - 1, self.num_tokens_short)
+        )
+        count = count.masked_fill_(best < length, 0)
+        tokens = text.gather(1, (at + self.steps).clamp_(max=length - 1))
+        tokens = torch.where(self.steps == 0, text.gather(1, ends), tokens).clamp_(min=0)
+        return tokens, self.chain.expand_as(tokens).masked_fill(self.steps > count, -1)
 
 
 class SequenceOnDevice(DeviceDrafter):
