@@ -29,6 +29,8 @@ from heedful.seam import Verification
 
 #: Rows of a static cache beyond the longest sequence: room for the nodes of a last tree. Larger trees are cut there.
 STATIC_ROOM = 128
+#: Tokens of a prompt from which on cuDNN's attention saves more than the plan takes that it builds for a length not seen before.
+PLAN_PAYS_FROM = 8192
 _REQUIREMENTS = frozenset({"logits", "hidden_states", "prompt_logits", "prompt_hidden_states", "cache"})
 _OWN_KWARGS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "input_ids")
 _PREFILL_ONLY = tuple(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()))
@@ -168,8 +170,10 @@ class Engine:
         whole_logits = "prompt_logits" in self.requires
         logits: list[Tensor] = []
         hidden.clear()
-        for inputs in self._prompt_chunks(whole_logits):
-            logits.append(self.model(**inputs, return_dict=True).logits)
+        short = self.prompt_length < PLAN_PAYS_FROM
+        with without_cudnn_attention(model_device(self.model)) if short else nullcontext():
+            for inputs in self._prompt_chunks(whole_logits):
+                logits.append(self.model(**inputs, return_dict=True).logits)
         if self.drafter is not None:
             self.prompt_outputs = DraftingOutputs(
                 logits=torch.cat(logits, dim=1) if whole_logits else None,

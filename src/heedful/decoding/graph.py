@@ -31,7 +31,7 @@ from transformers import (
 
 from heedful.attention import tree_attention
 from heedful.decoding.cache import GraphCache
-from heedful.decoding.device_walk import ancestors_of, place, settle, with_appended
+from heedful.decoding.device_walk import Settled, ancestors_of, place, settle, with_appended
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.engine import Engine, _hidden_states
 from heedful.decoding.selection import StopChecker
@@ -380,10 +380,7 @@ class Session:
         self.cache.verify_at((self.rows, places))
         self.hidden.clear()
         logits = self._compiled(Session._forward, nodes, self.requires)(self, trees.tokens, positions)
-        settled = self._compiled(settle, nodes, trees.path_length)(
-            trees.tokens, trees.parents, trees.ancestors, self.choose(logits), trees.path_length,
-            self.end_tokens, self.lengths, self.positions, self.remaining, self.finished, self.capacity,
-        )  # fmt: skip
+        settled = self._settle(trees, self.choose(logits))
         if trees.path_length > 1:  # the root is where it belongs
             self._move(settled.sources, settled.targets)
         step = DeviceStep(
@@ -398,6 +395,17 @@ class Session:
             cache=self.cache,
         )
         return step, settled.report
+
+    def _settle(self, trees: Trees, choices: Tensor) -> Settled:
+        arguments = (
+            trees.tokens, trees.parents, trees.ancestors, choices, trees.path_length,
+            self.end_tokens, self.lengths, self.positions, self.remaining, self.finished, self.capacity,
+        )  # fmt: skip
+        if trees.tokens.is_cuda:
+            from heedful.decoding.settle_rows import settle_rows
+
+            return settle_rows(*arguments)
+        return self._compiled(settle, trees.nodes, trees.path_length)(*arguments)
 
     def _move(self, sources: Tensor, targets: Tensor) -> None:
         """Keeps an accepted path: its rows of the cache, right behind the text."""
