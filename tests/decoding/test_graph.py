@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tiny_models import build, inputs
 
 import heedful
-from heedful.decoding import Drafter, DraftTree, PromptLookup, Sequence, TokenRecycling, graph
+from heedful.decoding import Drafter, DraftTree, LongSpec, Medusa, PromptLookup, Sequence, TokenRecycling, graph
 from heedful.decoding.device_walk import Walk, ancestors_of, trim, walk
 from heedful.decoding.generate import _Run
 from heedful.decoding.tree import VerifiedTree, topology
@@ -141,8 +141,8 @@ def test_sessions_share_what_is_compiled(monkeypatch):
         traced.append(fused_linear.put_linears_together(module))
         return module.forward
 
-    def compile_other(function):
-        return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
+    def compile_other(function, fullgraph=True):
+        return torch.compile(function, fullgraph=fullgraph, dynamic=False, backend="eager")
 
     monkeypatch.setattr(fused_linear, "_backend", backend)
     monkeypatch.setattr(fused_linear, "compile_other", compile_other)
@@ -154,6 +154,10 @@ def test_sessions_share_what_is_compiled(monkeypatch):
         assert torch.equal(result.sequences, reference)
     assert len(graph.sessions_of(model)) == 3
     assert len(traced) == 2  # of 1 and of 31 nodes
+    for drafter in (Sequence(PromptLookup(), TokenRecycling()), Medusa.for_model(model), LongSpec.for_model(model)):
+        with torch._dynamo.config.patch(error_on_recompile=True):  # a draft's shapes and numbers stay
+            result = heedful.generate(model, drafter=drafter, **given, **GREEDY)
+        assert torch.equal(result.sequences, reference)
 
 
 def test_released_caches_are_free_at_once():

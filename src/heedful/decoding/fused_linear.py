@@ -311,9 +311,9 @@ def compile_forward(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(forward, backend=_backend, fullgraph=True, dynamic=False)
 
 
-def compile_other(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_other(function: Callable[..., Any], fullgraph: bool = True) -> Callable[..., Any]:
     """torch.compile for the rest of a step."""
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return torch.compile(function, fullgraph=fullgraph, dynamic=False)
 
 
 def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -85,8 +85,8 @@ def generate(
             by step; ``"auto"``: graphs on a CUDA device wherever they can be exact, else eager. In graphs sampling agrees with
             ``model.generate`` in distribution, not token for token under a seed. Graphs and their cache stay with the model for
             the next call of the same batch size and length (in steps of 1,024): `heedful.decoding.release_graphs` frees them.
-        compile: with graphs: run the forward through torch.compile as well, with linear layers put together. It takes a
-            minute once for a model of 8 B parameters and pays from some thousand tokens on.
+        compile: with graphs: run the forward, with linear layers put together, and the draft through torch.compile as well. It
+            takes a minute once for a model of 8 B parameters and pays from some thousand tokens on.
         **kwargs: what ``model.generate`` takes: ``attention_mask``, ``max_new_tokens``, ``do_sample``, ``generation_config``,
             ``logits_processor``, ``stopping_criteria``, ``stop_strings`` with ``tokenizer``, ``cache_implementation="static"``...
 

@@ -202,6 +202,15 @@ class Plain(DeviceDrafter):
         return step.roots[:, None]
 
 
+def _advance(drafter: DeviceDrafter, step: DeviceStep) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The next trees' tokens, and, of trees without a fixed shape, parents and ancestors."""
+    drafted = drafter.advance(step)
+    if isinstance(drafted, tuple):
+        tokens, parents = drafted
+        return tokens, parents, ancestors_of(parents, drafter.max_depth)
+    return drafted, None, None
+
+
 class Trees:
     """The buffers of one bucket's trees."""
 
@@ -255,7 +264,7 @@ class Session:
         requires, rows_per_node: of the drafter.
         processors: temperature, top-k, top-p and min-p.
         do_sample: draw instead of taking the arg-max.
-        compiled: where compiled functions are kept; None runs the model's forward and all else without torch.compile.
+        compiled: where compiled functions are kept that sessions share; None runs all without torch.compile.
         capture: capture steps as CUDA graphs; False runs the same operations one by one.
     """
 
@@ -303,6 +312,7 @@ class Session:
         self.capture_seconds = 0.0
         self.graph_bytes = 0
         self.hidden: list[Tensor] = []
+        self._drafting: Callable[..., Any] | None = None
         self.movers: list[RowMover] | None = None
 
     def _compiled(self, function: Callable[..., Any], *key: Any) -> Callable[..., Any]:
@@ -322,7 +332,7 @@ class Session:
         """Lets go of the graphs and the cache at once: objects that refer to each other wait for the garbage collector."""
         self.steps.clear()
         self.trees.clear()
-        self.movers = self.drafter = self.owner = None
+        self.movers = self.drafter = self.owner = self._drafting = None
         self.cache.close()
 
     def begin(self, engine: GraphEngine) -> None:
@@ -423,16 +433,26 @@ class Session:
         for mover in self.movers:
             mover(sources, targets)
 
-    def draft(self, step: DeviceStep) -> None:
-        """The drafter learns from a step and writes the next trees."""
+    def draft(self, step: DeviceStep, first: bool = False) -> None:
+        """The drafter learns from a step and writes the next trees. ``first``: the step is the prompt's end, of other shapes."""
         assert self.drafter is not None
         trees = self.trees_of(self.drafter.num_nodes)
-        drafted = self.drafter.advance(step)
-        if isinstance(drafted, tuple):
-            drafted, parents = drafted
+        advance = _advance
+        if self.compiled is not None and not first and not isinstance(self.drafter, Plain):
+            advance = self._compiled_advance()
+        tokens, parents, ancestors = advance(self.drafter, step)
+        trees.tokens.copy_(tokens)
+        if parents is not None and ancestors is not None:
             trees.parents.copy_(parents)
-            trees.ancestors.copy_(ancestors_of(parents, self.drafter.max_depth))
-        trees.tokens.copy_(drafted)
+            trees.ancestors.copy_(ancestors)
+
+    def _compiled_advance(self) -> Callable[..., Any]:
+        """For each session anew: it is the drafter's code. A drafter need not be one graph."""
+        if self._drafting is None:
+            from heedful.decoding import fused_linear
+
+            self._drafting = fused_linear.compile_other(fused_linear.with_own_code(_advance), fullgraph=False)
+        return self._drafting
 
     def step_of(self, nodes: int) -> CapturedStep:
         if nodes not in self.steps:
@@ -631,7 +651,7 @@ class GraphEngine(Engine):
             positions=self.session.positions,
             cache=self.session.cache,
         )
-        self.session.draft(step)
+        self.session.draft(step, first=True)
 
     def _run_ahead(self) -> None:
         """Without a host in the loop: the next step starts before the last one is read."""
