@@ -282,12 +282,18 @@ def test_a_schedule_goes_on_where_it_was_killed(text, tmp_path):
         torch.manual_seed(0)
         for after in (stop, None) if stop else (None,):
             model = build("llama")
+            names = list(model.state_dict())
+            before = {name: value.clone() for name, value in model.state_dict().items()}
             drafter = Medusa.for_model(model, num_heads=2)
             options = SMALL | ({"stop_after": after} if after else {})
             train_medusa(
                 model, Letters(), text, tmp_path / str(stop), stage=2, drafter=drafter, head_weight=0.01,
                 head_weight_schedule="sine", calibration_rows=0, **options,
             )  # fmt: skip
+            assert list(model.state_dict()) == names  # no adapter is left in it, and a run that stopped changed nothing
+            assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) == (
+                after is not None
+            )
         weights.append(drafter.scale)
     assert weights[0] == weights[1] == pytest.approx(0.01 * math.sin(math.pi / 2 * 3 / 4))
 

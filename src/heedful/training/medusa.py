@@ -142,6 +142,7 @@ def _train_together(
     weight: float, schedule: str, distill: bool, calibrate: Callable[[PreTrainedModel], None], common: dict[str, Any],
 ) -> Path:  # fmt: skip
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     linear = [name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
     if cast(Any, model.get_output_embeddings()).weight is cast(Any, model.get_input_embeddings()).weight:
@@ -168,6 +169,8 @@ def _train_together(
             drafter, cast(Any, adapted), tokenizer, rows, out, lr=lr, joint_groups=groups, finish=finish, **common
         )
     finally:
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):  # stopped on the way
+            cast(Any, adapted).unload()
         drafter.__class__ = plain
         del cast(Any, drafter).joint
 
