@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from heedful.attention import inputs
 from heedful.attention.hip.mask import HiPMask, Stage, layout
 from heedful.attention.interpreter import INTERPRETED
 
@@ -921,8 +922,6 @@ def refuses(
     query: Tensor, key: Tensor, value: Tensor, nodes: int, rows: int, stride_rows: int, shared: int
 ) -> str | None:
     """Why the kernels cannot take these inputs, to follow "impl='triton'"; None if they can."""
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes float32, bfloat16 and float16, not {query.dtype}"
     for name, dim in (("D", query.shape[-1]), ("Dv", value.shape[-1])):
         if dim not in HEAD_DIMS:
             return f"takes D and Dv of 16, 32, 64, 128 or 256, not {name} = {dim}"
@@ -932,9 +931,7 @@ def refuses(
         return f"takes at most 256 sampled queries a set, not {_samples(rows, stride_rows) * shared}"
     if query.shape[1] // key.shape[1] % shared:
         return f"takes a head_group_size that divides the {query.shape[1] // key.shape[1]} query heads of a key head"
-    if not query.is_cuda and not INTERPRETED:
-        return f"runs on CUDA devices, not on {query.device} (or set TRITON_INTERPRET=1 before triton is imported)"
-    return None
+    return inputs.kernels_refuse(query)
 
 
 def refuses_stages(stages: Sequence[Stage]) -> str | None:
