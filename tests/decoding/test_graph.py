@@ -2,10 +2,6 @@
 
 import copy
 import gc
-import os
-import subprocess
-import sys
-import textwrap
 import weakref
 from functools import partial
 
@@ -284,49 +280,6 @@ def test_walk_goes_where_the_host_goes(case, spare):
     assert got.path[0, : len(path)].tolist() == path
     assert set(got.path[0, len(path) :].tolist()) <= {path[-1]}
     assert got.emitted[0, : len(path)].tolist() == [choices[node] for node in path]
-
-
-def test_the_settling_kernel_under_the_interpreter():
-    pytest.importorskip("triton")
-    code = """
-        import torch
-        from heedful.decoding.device_walk import ancestors_of, settle
-        from heedful.decoding.settle_rows import settle_rows
-        torch.manual_seed(0)
-        deep = 0
-        for case in range(60):
-            batch, nodes = 1 + case % 3, 66 if case % 20 == 0 else 1 + case % 13
-            parents = torch.full((batch, nodes), -1)
-            for row in parents:  # some nodes only fill the tree up
-                for i in range(1, nodes):
-                    known = [0, *(j for j in range(1, i) if row[j] >= 0)]
-                    if torch.rand(()) < 0.85:
-                        row[i] = known[int(torch.randint(len(known), ()))]
-            ancestors = ancestors_of(parents)
-            depth = int(((ancestors.sum(-1) - 1) * (parents >= 0)).max())
-            tokens, choices = torch.randint(0, 3, (2, batch, nodes))
-            ends = torch.full((8,), -1)
-            ends[0] = 2 if case % 3 == 0 else -1
-            remaining = torch.randint(1, 6, (batch,)) if case % 2 else torch.full((batch,), 50)
-            state = [*torch.randint(0, 60, (2, batch)), remaining, torch.rand(batch) < 0.3]
-            results = []
-            for function in (settle, settle_rows):
-                own = [x.clone() for x in state]
-                out = function(tokens, parents, ancestors, choices, min(nodes, depth + 1 + case % 3), ends, *own, 64)
-                results.append(own + [getattr(out, name) for name in out.__slots__])
-            for want, got in zip(*results, strict=True):
-                assert torch.equal(want, got), case
-            deep += int((out.count > 2).sum())
-        assert deep > 5
-        print("fine")
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout.strip() == "fine", run.stderr[-3000:]
 
 
 def test_trim():

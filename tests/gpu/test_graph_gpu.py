@@ -1,6 +1,7 @@
 """Steps captured as CUDA graphs, against the eager engine on the same device, in float32."""
 
 import gc
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -18,6 +19,13 @@ from heedful.decoding import (
     graph,
     release_graphs,
 )
+from heedful.decoding.device_walk import ancestors_of, settle
+from heedful.decoding.drafter import DeviceStep, DraftingOutputs
+from heedful.decoding.on_device import LookupOnDevice, RecyclingOnDevice
+
+pytest.importorskip("triton")
+from heedful.decoding.draft_kernels import write_ancestors
+from heedful.decoding.settle_rows import settle_rows
 
 pytestmark = pytest.mark.gpu
 GREEDY = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -168,6 +176,60 @@ def test_one_synchronisation_a_step(drafter, monkeypatch):
     result = heedful.generate(model, drafter=own, engine="graph", **given, **GREEDY)
     assert result.stats.steps <= reads <= result.stats.steps + 1  # the step that was already under way
     assert torch.equal(result.sequences, reference)
+
+
+@pytest.mark.parametrize("nodes", [1, 7, 64, 100])
+def test_step_kernels_give_what_the_operations_give(nodes):
+    torch.manual_seed(nodes)
+    for batch in (1, 3):
+        parents = torch.stack(
+            [torch.tensor([-1, *(int(torch.randint(-1, i, ())) for i in range(1, nodes))]) for _ in range(batch)]
+        )
+        ancestors = ancestors_of(parents)
+        parents = torch.where(
+            ancestors[:, :, 0], parents, -1
+        )  # what does not hang below the root only fills the tree up
+        ancestors = ancestors_of(parents)
+        depth = int(ancestors.sum(-1).max()) - 1
+        written = torch.zeros_like(ancestors).cuda()
+        write_ancestors(parents.cuda(), depth, written)
+        assert torch.equal(written.cpu(), ancestors)
+        tokens, choices = torch.randint(0, 3, (2, batch, nodes))
+        ends, state = torch.tensor([2, *[-1] * 7]), [*torch.randint(0, 60, (2, batch)), torch.randint(1, 9, (batch,))]
+        state.append(torch.rand(batch) < 0.3)
+        mine = [x.cuda() for x in state]
+        want = settle(tokens, parents, ancestors, choices, depth + 1, ends, *state, 64)
+        got = settle_rows(*(x.cuda() for x in (tokens, parents, ancestors, choices)), depth + 1, ends.cuda(), *mine, 64)
+        for a, b in zip([*state, *astuple(want)], [*mine, *astuple(got)], strict=True):
+            assert torch.equal(a, b.cpu())
+
+
+@pytest.mark.parametrize("length", [40, 5000])
+def test_drafts_are_those_of_the_operations(length):
+    torch.manual_seed(0)
+    vocabulary, letters = 30, 30 if length > 1000 else 4
+    pairs = []  # on the CPU, on the GPU
+    for device in ("cpu", "cuda"):
+        lookup = LookupOnDevice(2, length + 100, 10, 3, 4, torch.device(device))
+        lookup.prefill(torch.arange(2 * length).view(2, length).pow(2).remainder(letters), DraftingOutputs())
+        pairs.append((lookup, RecyclingOnDevice(TokenRecycling().template, vocabulary, 8, 60, torch.device(device))))
+    lengths, path = torch.full((2,), length), torch.zeros(2, 1, dtype=torch.long)
+    count, tokens = torch.ones(2, dtype=torch.long), torch.randint(0, letters, (2, 1))
+    for _ in range(6):
+        roots, logits = torch.randint(0, letters, (2,)), torch.randn(2, tokens.shape[1], vocabulary)
+        for which in (0, 1):
+            drafts = []
+            for pair in pairs:
+                device = pair[1].tokens.device
+                given = (tokens, logits, None, path, count, roots, lengths, lengths)
+                step = DeviceStep(*(x if x is None else x.to(device) for x in given), None)
+                drafts.append([x.cpu() for x in pair[which].advance(step)])
+            used = drafts[0][1] >= 0
+            assert torch.equal(drafts[0][1], drafts[1][1])
+            assert torch.equal(drafts[0][0][used], drafts[1][0][used])
+        count = torch.randint(1, 12, (2,))
+        tokens, path = torch.randint(0, letters, (2, 11)), torch.minimum(torch.arange(11), count[:, None] - 1)
+        lengths = lengths + count
 
 
 def test_a_long_run_does_not_grow():

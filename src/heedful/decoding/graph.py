@@ -202,13 +202,9 @@ class Plain(DeviceDrafter):
         return step.roots[:, None]
 
 
-def _advance(drafter: DeviceDrafter, step: DeviceStep) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The next trees' tokens, and, of trees without a fixed shape, parents and ancestors."""
-    drafted = drafter.advance(step)
-    if isinstance(drafted, tuple):
-        tokens, parents = drafted
-        return tokens, parents, ancestors_of(parents, drafter.max_depth)
-    return drafted, None, None
+def _advance(drafter: DeviceDrafter, step: DeviceStep) -> Tensor | tuple[Tensor, Tensor]:
+    """A function, for `with_own_code`."""
+    return drafter.advance(step)
 
 
 class Trees:
@@ -440,11 +436,19 @@ class Session:
         advance = _advance
         if self.compiled is not None and not first and not isinstance(self.drafter, Plain):
             advance = self._compiled_advance()
-        tokens, parents, ancestors = advance(self.drafter, step)
+        drafted = advance(self.drafter, step)
+        if not isinstance(drafted, tuple):
+            trees.tokens.copy_(drafted)
+            return
+        tokens, parents = drafted
         trees.tokens.copy_(tokens)
-        if parents is not None and ancestors is not None:
-            trees.parents.copy_(parents)
-            trees.ancestors.copy_(ancestors)
+        trees.parents.copy_(parents)
+        if parents.is_cuda:
+            from heedful.decoding.draft_kernels import write_ancestors
+
+            write_ancestors(trees.parents, self.drafter.max_depth, trees.ancestors)
+        else:
+            trees.ancestors.copy_(ancestors_of(parents, self.drafter.max_depth))
 
     def _compiled_advance(self) -> Callable[..., Any]:
         """For each session anew: it is the drafter's code. A drafter need not be one graph."""

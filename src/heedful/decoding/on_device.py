@@ -41,7 +41,13 @@ class RecyclingOnDevice(DeviceDrafter):
         above = [place[parents] - begin for (_, parents, *_), begin in zip(template.levels, begins, strict=False)]
         ranks = [ranks for *_, ranks in template.levels]
         self.levels = [tuple(torch.from_numpy(a).to(device) for a in level) for level in zip(above, ranks, strict=True)]
-        self.template = torch.from_numpy(np.append(len(order), place[template.parents[order[1:]]])).to(device)
+        parents = np.append(-1, place[template.parents[order[1:]]])
+        self.template = torch.from_numpy(np.where(parents < 0, len(order), parents)).to(device)
+        paths = np.full((len(order), max(1, self.max_depth)), -1)  # for the kernel: as ranks from the root
+        for node, (parent, rank) in enumerate(zip(parents[1:], np.concatenate([[], *ranks]), strict=True), start=1):
+            paths[node] = paths[parent]
+            paths[node, np.argmin(paths[parent])] = rank
+        self.paths, self.above = (torch.from_numpy(a.astype(np.int32)).to(device) for a in (paths, parents))
         self.numbers = torch.arange(self.num_nodes, device=device)[None]
 
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
@@ -61,6 +67,11 @@ class RecyclingOnDevice(DeviceDrafter):
 
     def read(self, roots: Tensor) -> tuple[Tensor, Tensor]:
         """The trees below ``roots (B,)``: tokens and parents ``(B, num_nodes)``."""
+        if roots.is_cuda:
+            from heedful.decoding.draft_kernels import MOST_NODES, read_template
+
+            if len(self.above) <= MOST_NODES:
+                return read_template(self.tokens, self.shares, roots, self.paths, self.above, self.num_nodes)
         level_tokens = [roots[:, None].clamp(max=self.vocabulary - 1)]
         level_scores = [torch.ones_like(level_tokens[0], dtype=torch.float32)]
         for above, ranks in self.levels:
@@ -117,6 +128,13 @@ class LookupOnDevice(DeviceDrafter):
             self.text[:, : tokens.shape[1]].masked_fill_(padding, -1)
 
     def advance(self, step: DeviceStep) -> tuple[Tensor, Tensor]:
+        if step.tokens.is_cuda:
+            from heedful.decoding.draft_kernels import look_up
+
+            return look_up(
+                self.text, step.tokens, step.path, step.count, step.roots, step.lengths,
+                self.num_nodes, self.max_ngram_size, self.num_tokens_short,
+            )  # fmt: skip
         # Right behind the old root, which is in the text already: the other accepted nodes' tokens, and the new root.
         new = torch.cat([step.tokens.gather(1, step.path)[:, 1:], step.roots[:, None]], dim=1)
         order, spare = torch.arange(1, new.shape[1] + 1, device=new.device), self.text.shape[1] - 1
