@@ -112,9 +112,8 @@ class GraphLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.length = 0
-        self.rows: tuple[Tensor, Tensor] | None = (
-            None  # (B, 1) and (B, n or more): where the nodes of a verification go
-        )
+        #: (B, 1) and (B, n or more): where the rows of a verification go.
+        self.rows: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device

@@ -88,7 +88,7 @@ def look_up(
     best = text.new_empty((batch, cuts))
     drafted, parents = text.new_empty((2, batch, num_nodes)).unbind()
     _write_path[(batch,)](
-        text, tokens, path, count, roots, lengths, tokens.shape[1], length, capacity,
+        text, tokens.contiguous(), path.contiguous(), count, roots, lengths, tokens.shape[1], length, capacity,
         M=triton.next_power_of_2(length), num_warps=1,
     )  # fmt: skip
     _longest_match[(batch, cuts)](text, lengths, best, capacity, SIZES=max_ngram_size, CUT=_CUT)
