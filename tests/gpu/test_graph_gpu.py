@@ -88,6 +88,8 @@ def test_compiled_steps_give_the_same_tokens():
         assert torch.equal(result.sequences, reference)
     known = graph.sessions_of(model)
     assert len(known) == 3
+    with pytest.raises(ValueError, match="leave compile out"):
+        heedful.generate(model, drafter=DRAFTERS["hidden transfer"](model), compile=True, **given, **GREEDY)
     assert len(known.compiled) == 2 * 2  # place and forward: the second drafter finds those of the first
 
 
