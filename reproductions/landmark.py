@@ -16,9 +16,10 @@ import json
 import multiprocessing
 import os
 import re
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,10 @@ def key_recall(model: Any, tokenizer: Any, prompts: list[Any], batch_size: int, 
     return correct / len(prompts)
 
 
-def classics_experiment(data: Path, steps: int, length: int, count: int, work: Path) -> dict[str, Any]:
+def classics_experiment(
+    data: Path, steps: int, length: int, count: int, work: Path, note: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """`note` is given the figures so far, after each."""
     from transformers import AutoModelForCausalLM
 
     from heedful import zoo
@@ -239,8 +243,7 @@ def classics_experiment(data: Path, steps: int, length: int, count: int, work: P
                 scores[f"{times}x ({times * length} tokens)"] = key_recall(model, tokenizer, some, 25, cached)
         figures["recall"][name] = scores
         print(f"{name}: {scores}  {time.perf_counter() - began:.0f} s", flush=True)
-        work.mkdir(parents=True, exist_ok=True)
-        (work / "so_far.json").write_text(json.dumps(figures, indent=2))
+        note(figures)
         if not cached:
             with torch.autocast("cuda", torch.bfloat16):
                 bits = bits_per_byte(
@@ -329,6 +332,12 @@ def main() -> None:
     began = time.perf_counter()
     out = arguments.out or RESULTS / "landmark.json"
     figures = json.loads(out.read_text())["figures"] if out.exists() else {}
+
+    def write(figures: dict[str, Any], complete: bool) -> None:
+        fine = complete and judge_claim(figures)
+        spent = time.perf_counter() - began
+        record("landmark", claim=CLAIM, figures=figures, reproduced=fine, seconds=spent, complete=complete, out=out)
+
     if arguments.part in (None, "recall"):
         seeds = arguments.seeds[:1] if arguments.quick else arguments.seeds
         runs = [recall_experiment(600 if arguments.quick else 6000, seed) for seed in seeds]
@@ -337,17 +346,12 @@ def main() -> None:
     if classics:
         steps = arguments.steps or (20 if arguments.quick else 600)
         count = 16 if arguments.quick else arguments.count
-        figures["classics-20m"] = classics_experiment(
-            arguments.data, steps, arguments.length, count, Path("/tmp/landmark-reproduction")
-        )
-    record(
-        "landmark",
-        claim=CLAIM,
-        figures=figures,
-        reproduced=judge_claim(figures),
-        seconds=time.perf_counter() - began,
-        out=out,
-    )
+        with tempfile.TemporaryDirectory() as work:
+            figures["classics-20m"] = classics_experiment(
+                arguments.data, steps, arguments.length, count, Path(work),
+                lambda found: write(figures | {"classics-20m": found}, False),
+            )  # fmt: skip
+    write(figures, True)
 
 
 def judge_claim(figures: dict[str, Any]) -> bool:

@@ -300,6 +300,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         process, out = beside("scratch", arguments, folder)
         tuned = continued(books, held_out, arguments.steps, arguments.seconds, options, False, device)
+        print(json.dumps(tuned), flush=True)  # should the control be cut off
         steps = tuned["converted, trained"]["steps"]
         control = continued(books, held_out, steps, arguments.seconds, options, True, device)
         if process.wait():
