@@ -215,7 +215,7 @@ def _find_heads(demo: Demo, model: Any, tokenizer: Any, text: str, report: Progr
 
 
 def _prune_attention(demo: Demo, model: Any, tokenizer: Any, text: str, report: Progress) -> None:
-    ids = tokenizer(text[:40_000], return_tensors="pt").input_ids[:, :3072]
+    ids = tokenizer(text[:40_000], return_tensors="pt", verbose=False).input_ids[:, :3072]
     report(STAGES[3], 0, 2)
     dense = model(input_ids=ids).logits[0]
     report(STAGES[3], 1, 2)
