@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +31,7 @@ def random_trees(batch, nodes):
 def interpreted(code):
     run = subprocess.run(
         [sys.executable, "-c", TREES + textwrap.dedent(code)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
     )
@@ -40,16 +41,20 @@ def interpreted(code):
 def test_settling_and_ancestors():
     interpreted("""
         from heedful.decoding.device_walk import settle
-        from heedful.decoding.draft_kernels import write_ancestors
+        from heedful.decoding.draft_kernels import write_trees
+        from heedful.decoding.graph import Trees
         from heedful.decoding.settle_rows import settle_rows
         deep = 0
         for case in range(60):
             batch, nodes = 1 + case % 3, 66 if case % 20 == 0 else 1 + case % 13
             parents, ancestors, depth = random_trees(batch, nodes)
-            written = torch.zeros_like(ancestors)
-            write_ancestors(parents, depth, written)
-            assert torch.equal(written, ancestors)
             tokens, choices = torch.randint(0, 3, (2, batch, nodes))
+            want, got = (Trees(batch, nodes, torch.device("cpu")) for _ in range(2))
+            want.write(tokens, parents, depth)
+            write_trees(tokens, parents, depth, got.tokens, got.parents, got.ancestors)
+            assert torch.equal(want.ancestors, ancestors)
+            for name in ("tokens", "parents", "ancestors"):
+                assert torch.equal(getattr(want, name), getattr(got, name)), name
             ends = torch.full((8,), -1)
             ends[0] = 2 if case % 3 == 0 else -1
             remaining = torch.randint(1, 6, (batch,)) if case % 2 else torch.full((batch,), 50)
@@ -125,5 +130,52 @@ def test_reading_the_template():
                 assert torch.equal(got[0][:, 0], roots), case
                 known += int(used.sum())
         assert known > 100
+        print("fine")
+    """)
+
+
+def test_in_the_loop():
+    """Whole generates with the kernels in the place of the operations: the same tokens, and the same drafts accepted."""
+    interpreted("""
+        from functools import partial
+        import heedful
+        from heedful.decoding import PromptLookup, Sequence, TokenRecycling, draft_kernels, graph
+        from heedful.decoding.generate import _Run
+        from heedful.decoding.on_device import LookupOnDevice, RecyclingOnDevice
+        from heedful.decoding.settle_rows import settle_rows
+        from tiny_models import build, inputs
+        _Run._engine_class = lambda self, *_: partial(graph.GraphEngine, capture=False)
+        model = build("llama", dtype=torch.float64)
+        given = inputs(model, batch=3, length=11, padding="left")
+        options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        options["eos_token_id"] = [int(model.generate(**given, **options)[0, -7])]
+        reference, accepted = model.generate(**given, **options), []
+
+        def settle(self, t, choices):
+            own = (self.end_tokens, self.lengths, self.positions, self.remaining, self.finished, self.capacity)
+            return settle_rows(t.tokens, t.parents, t.ancestors, choices, t.path_length, *own)
+
+        def write(self, tokens, parents, depth):
+            draft_kernels.write_trees(tokens, parents, depth, self.tokens, self.parents, self.ancestors)
+
+        def advance(self, s):
+            sizes = (self.num_nodes, self.max_ngram_size, self.num_tokens_short)
+            return draft_kernels.look_up(self.text, s.tokens, s.path, s.count, s.roots, s.lengths, *sizes)
+
+        def read(self, roots):
+            return draft_kernels.read_template(self.tokens, self.shares, roots, self.paths, self.above, self.num_nodes)
+
+        for kernels in (False, True):
+            if kernels:
+                graph.Session._settle, graph.Trees.write = settle, write
+                LookupOnDevice.advance, RecyclingOnDevice.read = advance, read
+            heedful.decoding.release_graphs()
+            drafter = Sequence(PromptLookup(), TokenRecycling(max_nodes=60))
+            for _ in range(2):  # a session that is used again begins anew
+                result = heedful.generate(model, drafter=drafter, **given, **options)
+                assert torch.equal(result.sequences, reference)
+                accepted.append(result.stats.accepted)
+        assert accepted[:2] == accepted[2:]
+        assert max(n for row in accepted[1] for n in row) > 2
         print("fine")
     """)

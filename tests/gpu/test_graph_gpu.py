@@ -24,7 +24,6 @@ from heedful.decoding.drafter import DeviceStep, DraftingOutputs
 from heedful.decoding.on_device import LookupOnDevice, RecyclingOnDevice
 
 pytest.importorskip("triton")
-from heedful.decoding.draft_kernels import write_ancestors
 from heedful.decoding.settle_rows import settle_rows
 
 pytestmark = pytest.mark.gpu
@@ -193,10 +192,12 @@ def test_step_kernels_give_what_the_operations_give(nodes):
         )  # what does not hang below the root only fills the tree up
         ancestors = ancestors_of(parents)
         depth = int(ancestors.sum(-1).max()) - 1
-        written = torch.zeros_like(ancestors).cuda()
-        write_ancestors(parents.cuda(), depth, written)
-        assert torch.equal(written.cpu(), ancestors)
         tokens, choices = torch.randint(0, 3, (2, batch, nodes))
+        trees = [graph.Trees(batch, nodes, torch.device(device)) for device in ("cpu", "cuda")]
+        for one in trees:
+            one.write(tokens.to(one.tokens.device), parents.to(one.tokens.device), depth)
+        for name in ("tokens", "parents", "ancestors"):
+            assert torch.equal(getattr(trees[0], name), getattr(trees[1], name).cpu()), name
         ends, state = torch.tensor([2, *[-1] * 7]), [*torch.randint(0, 60, (2, batch)), torch.randint(1, 9, (batch,))]
         state.append(torch.rand(batch) < 0.3)
         mine = [x.cuda() for x in state]

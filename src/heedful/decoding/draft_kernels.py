@@ -16,23 +16,31 @@ MOST_NODES = 128
 
 
 @triton.jit
-def _ancestors(parents, out, nodes, depth, N: tl.constexpr):
+def _write_trees(tokens, parents, tokens_out, parents_out, ancestors_out, nodes, depth, N: tl.constexpr):
     row, node = tl.program_id(0).to(tl.int64), tl.arange(0, N)
-    inside = node < nodes
-    above = tl.load(parents + row * nodes + node, mask=inside, other=-1)
-    sees = node[:, None] == node[None, :]
+    inside, at = node < nodes, row * nodes + node
+    parent = tl.load(parents + at, mask=inside, other=-1)
+    token = tl.load(tokens + at, mask=inside, other=0)
+    tl.store(tokens_out + at, tl.where(parent >= 0, token, tl.load(tokens + row * nodes)), mask=inside)
+    tl.store(parents_out + at, parent, mask=inside)
+    above, sees = parent, node[:, None] == node[None, :]
     for _ in range(depth):
         sees = sees | (above[:, None] == node[None, :])
         above = tl.load(parents + row * nodes + above, mask=above >= 0, other=-1)
-    at = out + row * nodes * nodes + node[:, None] * nodes + node[None, :]
-    tl.store(at, sees, mask=inside[:, None] & inside[None, :])
+    square = ancestors_out + at[:, None] * nodes + node[None, :]
+    tl.store(square, sees, mask=inside[:, None] & inside[None, :])
 
 
-def write_ancestors(parents: Tensor, depth: int, out: Tensor) -> None:
-    """`ancestors_of(parents, depth)` into ``out``, bool ``(B, n, n)``; both contiguous."""
+def write_trees(
+    tokens: Tensor, parents: Tensor, depth: int, tokens_out: Tensor, parents_out: Tensor, ancestors_out: Tensor
+) -> None:
+    """`Trees.write`: tokens and parents ``(B, n)`` into buffers of their shape, and `ancestors_of` into bool ``(B, n, n)``."""
     batch, nodes = parents.shape
     N = triton.next_power_of_2(nodes)
-    _ancestors[(batch,)](parents, out, nodes, depth, N=N, num_warps=4 if N > 32 else 1)
+    _write_trees[(batch,)](
+        tokens.contiguous(), parents.contiguous(), tokens_out, parents_out, ancestors_out, nodes, depth,
+        N=N, num_warps=4 if N > 32 else 1,
+    )  # fmt: skip
 
 
 @triton.jit

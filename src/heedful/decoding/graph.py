@@ -234,6 +234,18 @@ class Trees:
             self._appended[rows] = with_appended(self.ancestors, rows // self.nodes - 1)
         return self._appended[rows]
 
+    def write(self, tokens: Tensor, parents: Tensor, depth: int) -> None:
+        """Takes trees ``(B, n)`` that a drafter made on the device. Nodes that are not used carry the root's token: what a drafter
+        learns from the root, which is always accepted, it learns last."""
+        if parents.is_cuda:
+            from heedful.decoding.draft_kernels import write_trees
+
+            write_trees(tokens, parents, depth, self.tokens, self.parents, self.ancestors)
+            return
+        self.tokens.copy_(torch.where(parents >= 0, tokens, tokens[:, :1]))
+        self.parents.copy_(parents)
+        self.ancestors.copy_(ancestors_of(parents, depth))
+
     def put(self, trees: Sequence[VerifiedTree | None]) -> None:
         """Uploads the host's trees; nodes past a tree's last one see themselves alone and follow nobody."""
         tokens = torch.zeros(self.batch, self.nodes, dtype=torch.long)
@@ -440,15 +452,7 @@ class Session:
         if not isinstance(drafted, tuple):
             trees.tokens.copy_(drafted)
             return
-        tokens, parents = drafted
-        trees.tokens.copy_(tokens)
-        trees.parents.copy_(parents)
-        if parents.is_cuda:
-            from heedful.decoding.draft_kernels import write_ancestors
-
-            write_ancestors(trees.parents, self.drafter.max_depth, trees.ancestors)
-        else:
-            trees.ancestors.copy_(ancestors_of(parents, self.drafter.max_depth))
+        trees.write(*drafted, self.drafter.max_depth)
 
     def _compiled_advance(self) -> Callable[..., Any]:
         """For each session anew: it is the drafter's code. A drafter need not be one graph."""
