@@ -169,9 +169,8 @@ def main() -> None:
         spec = importlib.util.spec_from_file_location(name, HERE / "operators" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(
-            spec
-        )  # torch.compile looks its functions' module up there
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # where torch.compile looks up the module of its functions
         spec.loader.exec_module(module)
         bench = Bench(arguments.quick)
         try:

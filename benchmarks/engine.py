@@ -226,9 +226,7 @@ def main() -> None:
         took = seconds(lambda n: static(1 if n == 1 else None), tokens - 1, 1)
         peers["compiled generate"] = (tokens - 1) / took
         note("transformers generate, static cache, compiled", peers["compiled generate"])
-        with without_cudnn_attention(
-            ids.device
-        ):  # else most of the time goes into plans, one for each new number of keys
+        with without_cudnn_attention(ids.device):  # else it builds a plan in every step
             model.generate(ids, max_new_tokens=4, **options)
             peers["generate"] = 64 / seconds(lambda n: model.generate(ids, max_new_tokens=n, **options), 64, 1)
         note("transformers generate", peers["generate"])

@@ -50,7 +50,7 @@ def test_settling_and_ancestors():
             parents, ancestors, depth = random_trees(batch, nodes)
             tokens, choices = torch.randint(0, 3, (2, batch, nodes))
             want, got = (Trees(batch, nodes, torch.device("cpu")) for _ in range(2))
-            want.write(tokens, parents, depth)
+            want.write(tokens, parents)
             write_trees(tokens, parents, depth, got.tokens, got.parents, got.ancestors)
             assert torch.equal(want.ancestors, ancestors)
             for name in ("tokens", "parents", "ancestors"):
@@ -155,8 +155,8 @@ def test_in_the_loop():
             own = (self.end_tokens, self.lengths, self.positions, self.remaining, self.finished, self.capacity)
             return settle_rows(t.tokens, t.parents, t.ancestors, choices, t.path_length, *own)
 
-        def write(self, tokens, parents, depth):
-            draft_kernels.write_trees(tokens, parents, depth, self.tokens, self.parents, self.ancestors)
+        def write(self, tokens, parents):
+            draft_kernels.write_trees(tokens, parents, self.path_length - 1, self.tokens, self.parents, self.ancestors)
 
         def advance(self, s):
             sizes = (self.num_nodes, self.max_ngram_size, self.num_tokens_short)

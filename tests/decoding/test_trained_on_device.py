@@ -8,7 +8,7 @@ from tiny_models import build, inputs
 
 import heedful
 from heedful.decoding import HiddenTransfer, LongSpec, Medusa, PromptLookup, Sequence, graph
-from heedful.decoding.device_walk import ancestors_of, with_appended
+from heedful.decoding.device_walk import ancestors_of
 from heedful.decoding.engine import Engine
 from heedful.decoding.generate import _Run
 
@@ -98,8 +98,10 @@ def test_pseudo_rows_are_those_of_the_eager_engine(name, batch, source, monkeypa
 def test_appended_nodes_see_their_own_path():
     parents = torch.tensor([[-1, 0, 0, 1]])
     expected = ancestors_of(torch.tensor([[-1, 0, 0, 1, 0, 1, 2, 3, 4, 5, 6, 7]]))
-    assert torch.equal(with_appended(ancestors_of(parents), 2), expected)
-    assert torch.equal(with_appended(ancestors_of(parents), 1), expected[:, :8, :8])
+    trees = graph.Trees(1, 4, parents.device, parents[0].tolist())
+    assert torch.equal(trees.mask(12), expected)
+    assert torch.equal(trees.mask(8), expected[:, :8, :8])
+    assert torch.equal(trees.mask(4), ancestors_of(parents))
 
 
 def test_trees_of_too_many_rows_are_left_to_the_eager_engine():

@@ -187,15 +187,14 @@ def test_step_kernels_give_what_the_operations_give(nodes):
             [torch.tensor([-1, *(int(torch.randint(-1, i, ())) for i in range(1, nodes))]) for _ in range(batch)]
         )
         ancestors = ancestors_of(parents)
-        parents = torch.where(
-            ancestors[:, :, 0], parents, -1
-        )  # what does not hang below the root only fills the tree up
+        # What does not hang below the root only fills the tree up.
+        parents = torch.where(ancestors[:, :, 0], parents, -1)
         ancestors = ancestors_of(parents)
         depth = int(ancestors.sum(-1).max()) - 1
         tokens, choices = torch.randint(0, 3, (2, batch, nodes))
         trees = [graph.Trees(batch, nodes, torch.device(device)) for device in ("cpu", "cuda")]
         for one in trees:
-            one.write(tokens.to(one.tokens.device), parents.to(one.tokens.device), depth)
+            one.write(tokens.to(one.tokens.device), parents.to(one.tokens.device))
         for name in ("tokens", "parents", "ancestors"):
             assert torch.equal(getattr(trees[0], name), getattr(trees[1], name).cpu()), name
         ends, state = torch.tensor([2, *[-1] * 7]), [*torch.randint(0, 60, (2, batch)), torch.randint(1, 9, (batch,))]

@@ -97,9 +97,8 @@ def test_what_is_not_finite_stays_with_the_rows_that_see_it(which, bad):
     key, value = torch.randn(2, 2, 2, 1000, 64, device="cuda", dtype=torch.bfloat16)
     active = torch.rand(2, 1000, 4, device="cuda") < 0.5
     active[0, 500] = True
-    query[0, :2, 500, 3] = (
-        1.0  # of the sign that an infinite key makes the largest logit, not the smallest, whose weight is 0
-    )
+    # Of the sign with which an infinite key makes the largest logit, not the smallest, whose weight is 0.
+    query[0, :2, 500, 3] = 1.0
     clean = routed_attention(query, key, value, active, impl="triton")
     (query, key, value)[which][0, 0, 500, 3] = bad
     got = routed_attention(query, key, value, active, impl="triton")

@@ -56,28 +56,14 @@ def walk(tokens: Tensor, parents: Tensor, ancestors: Tensor, choices: Tensor, pa
     return Walk(path, choices.gather(1, path), count)
 
 
-def ancestors_of(parents: Tensor, depth: int | None = None) -> Tensor:
-    """Ancestor or self, bool ``(B, n, n)``, of the trees ``parents (B, n)`` (-1: a root), by squaring the parent relation.
-
-    ``depth``: no node lies deeper, at most 128; None for n - 1.
-    """
+def ancestors_of(parents: Tensor) -> Tensor:
+    """Ancestor or self, bool ``(B, n, n)``, of the trees ``parents (B, n)`` (-1: a root), by squaring the parent relation."""
     nodes = parents.shape[1]
     index = torch.arange(nodes, device=parents.device)
     reach = ((parents[:, :, None] == index) | (index[:, None] == index)).float()
-    deepest = nodes - 1 if depth is None else depth
-    for _ in range(max(0, deepest - 1).bit_length()):
-        reach = reach @ reach  # numbers of ways, below 1e38
+    for _ in range(max(1, (nodes - 1).bit_length())):
+        reach = (reach @ reach).clamp(max=1.0)
     return reach > 0.5
-
-
-def with_appended(ancestors: Tensor, steps: int) -> Tensor:
-    """Ancestor or self of trees ``(B, n, n)`` with a chain of ``steps`` more nodes below each node, which come behind all nodes step
-    by step: ``(B, n (1 + steps), n (1 + steps))``."""
-    nodes = ancestors.shape[1]
-    own = torch.eye(nodes, dtype=torch.bool, device=ancestors.device).expand_as(ancestors)
-    none = torch.zeros_like(ancestors)
-    rows = [[ancestors, *[own if other < step else none for other in range(steps)]] for step in range(steps + 1)]
-    return torch.cat([torch.cat(row, dim=2) for row in rows], dim=1)
 
 
 def trim(walked: Walk, end_tokens: Tensor, remaining: Tensor) -> tuple[Tensor, Tensor]:

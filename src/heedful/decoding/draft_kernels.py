@@ -1,8 +1,5 @@
-"""The drafts of `heedful.decoding.on_device` on a GPU: a few kernels in the place of some hundred small ones.
-
-A draft is a few hundred numbers: its time is the number of its launches. Each function gives what the tensor operations give
-that it stands for.
-"""
+"""The drafts of `heedful.decoding.on_device` on a GPU, where a draft of a few hundred numbers takes as long as its launches: few
+kernels. Each function gives what the tensor operations give that it stands for."""
 
 from __future__ import annotations
 
@@ -142,8 +139,8 @@ def read_template(
     Args:
         successors, shares: ``(V, k)``, the matrix.
         roots: ``(B,)``.
-        paths: int32 ``(n, depth)``, the template's nodes, level by level, as ranks from the root, -1 behind a path's end.
-        above: int32 ``(n,)``, their parents, -1 for the root.
+        paths: ``(n, depth)``, the template's nodes as ranks from the root, -1 behind a path's end; parents come first.
+        above: ``(n,)``, their parents, -1 for the root.
         num_nodes: that are kept.
     """
     batch, (template, depth) = roots.shape[0], paths.shape

@@ -44,7 +44,7 @@ def _one_row(x, w0, w1, w2, y0, y1, y2, n0, n1, n2, k, N: tl.constexpr, K: tl.co
     weights = w + rows[:, None].to(tl.int64) * k + columns[None, :]
     total = tl.zeros((N, K), tl.float32)
     for start in range(0, k, K):
-        # Read once: what stays in the L2 cache is better used by the activations (2-3 % of a small layer's time on an H100).
+        # Read once: the weights need not stay in the L2 cache.
         weight = tl.load(weights + start, eviction_policy="evict_first")
         total += weight.to(tl.float32) * tl.load(x + start + columns).to(tl.float32)[None, :]
     tl.store(y + rows, tl.sum(total, 1).to(y.dtype.element_ty))

@@ -31,7 +31,7 @@ from transformers import (
 
 from heedful.attention import tree_attention
 from heedful.decoding.cache import GraphCache
-from heedful.decoding.device_walk import Settled, ancestors_of, place, settle, with_appended
+from heedful.decoding.device_walk import Settled, ancestors_of, place, settle
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.engine import Engine, _hidden_states
 from heedful.decoding.selection import StopChecker
@@ -227,24 +227,25 @@ class Trees:
 
     def mask(self, rows: int) -> Tensor:
         """Which rows see each other, ``(B, rows, rows)``: the nodes, and what a drafter has appended to them (`DeviceDrafter.joining`,
-        with trees of one shape)."""
+        with trees of one shape), each row below that of the step before."""
         if rows == self.nodes:
             return self.ancestors
         if rows not in self._appended:
-            self._appended[rows] = with_appended(self.ancestors, rows // self.nodes - 1)
+            below = torch.arange(rows - self.nodes, device=self.parents.device).expand(self.batch, -1)
+            self._appended[rows] = ancestors_of(torch.cat([self.parents, below], dim=1))
         return self._appended[rows]
 
-    def write(self, tokens: Tensor, parents: Tensor, depth: int) -> None:
+    def write(self, tokens: Tensor, parents: Tensor) -> None:
         """Takes trees ``(B, n)`` that a drafter made on the device. Nodes that are not used carry the root's token: what a drafter
         learns from the root, which is always accepted, it learns last."""
         if parents.is_cuda:
             from heedful.decoding.draft_kernels import write_trees
 
-            write_trees(tokens, parents, depth, self.tokens, self.parents, self.ancestors)
+            write_trees(tokens, parents, self.path_length - 1, self.tokens, self.parents, self.ancestors)
             return
         self.tokens.copy_(torch.where(parents >= 0, tokens, tokens[:, :1]))
         self.parents.copy_(parents)
-        self.ancestors.copy_(ancestors_of(parents, depth))
+        self.ancestors.copy_(ancestors_of(parents))
 
     def put(self, trees: Sequence[VerifiedTree | None]) -> None:
         """Uploads the host's trees; nodes past a tree's last one see themselves alone and follow nobody."""
@@ -284,7 +285,7 @@ class Session:
         *,
         drafter: DeviceDrafter | None,
         requires: frozenset[str],
-        rows_per_node: int = 1,
+        rows_per_node: int,
         processors: LogitsProcessorList,
         do_sample: bool,
         compiled: dict[tuple[Any, ...], Callable[..., Any]] | None,
@@ -452,7 +453,7 @@ class Session:
         if not isinstance(drafted, tuple):
             trees.tokens.copy_(drafted)
             return
-        trees.write(*drafted, self.drafter.max_depth)
+        trees.write(*drafted)
 
     def _compiled_advance(self) -> Callable[..., Any]:
         """For each session anew: it is the drafter's code. A drafter need not be one graph."""

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
+from heedful.decoding.graph import BUCKETS
 from heedful.decoding.medusa import MC_SIM_7B_63
 from heedful.decoding.sizing import forward_costs
 from heedful.decoding.support import model_device
@@ -29,7 +30,6 @@ from heedful.decoding.tree import DraftTree
 from heedful.seam import AttentionCall, Kernel, Verification, attach
 
 _BLOCK = 128  # anchors whose attention is worked out at once in training
-_MOST_NODES = 128  # of a tree in CUDA graphs
 
 
 class HiddenTransfer(RankDrafter):
@@ -157,7 +157,7 @@ class HiddenTransfer(RankDrafter):
 
     @property
     def rows_per_node(self) -> int:  # type: ignore[override]
-        return 1 + self.num_transfer_steps if len(self.tree) <= _MOST_NODES else 1
+        return 1 + self.num_transfer_steps if len(self.tree) <= BUCKETS[-1] else 1
 
     @contextmanager
     def joining(self, model: PreTrainedModel) -> Iterator[None]:

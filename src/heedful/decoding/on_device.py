@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import LongTensor, Tensor
 
@@ -33,22 +32,7 @@ class RecyclingOnDevice(DeviceDrafter):
         self.max_depth = len(template.levels)
         self.tokens = torch.full((vocabulary, k), -1, device=device)
         self.shares = torch.zeros(vocabulary, k, device=device)
-        # Nodes level by level: each has its parent's place in the level above, and its rank. The root's parent is a place
-        # behind all nodes.
-        order = np.concatenate([[0], *(level for level, *_ in template.levels)])
-        place = np.argsort(order)
-        begins = np.cumsum([0, 1, *(len(level) for level, *_ in template.levels)])
-        above = [place[parents] - begin for (_, parents, *_), begin in zip(template.levels, begins, strict=False)]
-        ranks = [ranks for *_, ranks in template.levels]
-        self.levels = [tuple(torch.from_numpy(a).to(device) for a in level) for level in zip(above, ranks, strict=True)]
-        parents = np.append(-1, place[template.parents[order[1:]]])
-        self.template = torch.from_numpy(np.where(parents < 0, len(order), parents)).to(device)
-        paths = np.full((len(order), max(1, self.max_depth)), -1)  # for the kernel: as ranks from the root
-        for node, (parent, rank) in enumerate(zip(parents[1:], np.concatenate([[], *ranks]), strict=True), start=1):
-            paths[node] = paths[parent]
-            paths[node, np.argmin(paths[parent])] = rank
-        self.paths, self.above = (torch.from_numpy(a.astype(np.int32)).to(device) for a in (paths, parents))
-        self.numbers = torch.arange(self.num_nodes, device=device)[None]
+        self.paths, self.above = (torch.from_numpy(array).to(device) for array in (template.paths, template.parents))
 
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
         if outputs.logits is not None:  # update_from_prompt
@@ -72,18 +56,19 @@ class RecyclingOnDevice(DeviceDrafter):
 
             if len(self.above) <= MOST_NODES:
                 return read_template(self.tokens, self.shares, roots, self.paths, self.above, self.num_nodes)
-        level_tokens = [roots[:, None].clamp(max=self.vocabulary - 1)]
-        level_scores = [torch.ones_like(level_tokens[0], dtype=torch.float32)]
-        for above, ranks in self.levels:
-            token = level_tokens[-1][:, above]  # -1, of which nothing is known, reads some row, to a score of 0
-            level_tokens.append(self.tokens[token, ranks])
-            level_scores.append(level_scores[-1][:, above] * self.shares[token, ranks])
-        tokens, scores = torch.cat([roots[:, None], *level_tokens[1:]], dim=1), torch.cat(level_scores, dim=1)
+        nodes = len(self.above)
+        tokens = roots[:, None].clamp(max=self.vocabulary - 1).expand(-1, nodes)
+        scores = torch.ones_like(tokens, dtype=torch.float32)
+        for ranks in self.paths.T:  # each node goes down its own path
+            # -1, of which nothing is known, has the score 0, whatever is read there.
+            scores = torch.where(ranks >= 0, scores * self.shares[tokens, ranks], scores)
+            tokens = torch.where(ranks >= 0, self.tokens[tokens, ranks], tokens)
+        tokens = torch.cat([roots[:, None], tokens[:, 1:]], dim=1)
         # A node never scores above its parent, and with equal scores comes after it: the best nodes are a tree.
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, : self.num_nodes].sort(dim=1).values
-        places = torch.full((roots.shape[0], tokens.shape[1] + 1), -1, device=roots.device)
-        places.scatter_(1, best, self.numbers.expand_as(best))
-        parents = places.gather(1, self.template[best])
+        places = torch.full((roots.shape[0], nodes + 1), -1, device=roots.device)  # of the root's parent: the last, -1
+        places.scatter_(1, best, torch.arange(self.num_nodes, device=roots.device).expand_as(best))
+        parents = places.gather(1, self.above[best] % (nodes + 1))
         parents = parents.masked_fill(scores.gather(1, best) <= 0, -1)
         return tokens.gather(1, best).clamp(min=0), parents
 
@@ -115,10 +100,6 @@ class LookupOnDevice(DeviceDrafter):
         self.num_nodes, self.max_depth, self.max_ngram_size = num_tokens + 1, num_tokens, max_ngram_size
         self.num_tokens_short = num_tokens_short
         self.text = torch.full((batch, capacity + 1), -1, device=device)  # the last place takes what is not written
-        self.places = torch.arange(capacity, device=device)
-        self.chain = torch.arange(-1, num_tokens, device=device)
-        self.steps = torch.arange(num_tokens + 1, device=device)
-        self.sizes = torch.arange(max_ngram_size, device=device)
 
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
         self.text.fill_(-1)
@@ -148,10 +129,12 @@ class LookupOnDevice(DeviceDrafter):
         """Chains ``(B, num_tokens + 1)`` for texts whose root is at ``ends (B,)``."""
         text, ends = self.text[:, :-1], ends[:, None]
         length = text.shape[1]
-        pattern = text.gather(1, (ends - self.sizes).clamp_(min=0))  # the root, the token before it, ...
-        pattern.masked_fill_(
-            (pattern < 0) | (ends < self.sizes), -3
-        )  # padding and what lies before the text match nothing
+        places, steps, sizes = (
+            torch.arange(n, device=text.device) for n in (length, self.num_nodes, self.max_ngram_size)
+        )
+        pattern = text.gather(1, (ends - sizes).clamp_(min=0))  # the root, the token before it, ...
+        # Padding and what lies before the text match nothing.
+        pattern.masked_fill_((pattern < 0) | (ends < sizes), -3)
         before = torch.nn.functional.pad(text, (self.max_ngram_size - 1, 0), value=-2)
         matches = score = text == pattern[:, :1]
         for size in range(1, self.max_ngram_size):
@@ -159,16 +142,15 @@ class LookupOnDevice(DeviceDrafter):
             matches = matches & (shifted == pattern[:, size : size + 1])
             score = score + matches.long()
         # The longest match, and of several the latest.
-        rank = torch.add(self.places, score, alpha=length).masked_fill_(self.places >= ends, -1)
+        rank = torch.add(places, score, alpha=length).masked_fill_(places >= ends, -1)
         best, at = rank.max(dim=1, keepdim=True)
         # As many tokens as there are behind it; few after a match shorter than the longest.
-        count = torch.minimum(
-            ends - at, torch.where(best >= self.max_ngram_size * length, self.num_nodes - 1, self.num_tokens_short)
-        )
+        whole = best >= self.max_ngram_size * length
+        count = torch.minimum(ends - at, torch.where(whole, self.num_nodes - 1, self.num_tokens_short))
         count = count.masked_fill_(best < length, 0)
-        tokens = text.gather(1, (at + self.steps).clamp_(max=length - 1))
-        tokens = torch.where(self.steps == 0, text.gather(1, ends), tokens).clamp_(min=0)
-        return tokens, self.chain.expand_as(tokens).masked_fill(self.steps > count, -1)
+        tokens = text.gather(1, (at + steps).clamp_(max=length - 1))
+        tokens = torch.where(steps == 0, text.gather(1, ends), tokens).clamp_(min=0)
+        return tokens, (steps - 1).expand_as(tokens).masked_fill(steps > count, -1)
 
 
 class SequenceOnDevice(DeviceDrafter):

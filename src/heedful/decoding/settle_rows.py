@@ -1,4 +1,4 @@
-"""`heedful.decoding.device_walk.settle` on a GPU: one launch, a program a row, in the place of eighty small kernels."""
+"""`heedful.decoding.device_walk.settle` on a GPU: one launch, a program a row."""
 
 from __future__ import annotations
 

@@ -203,8 +203,8 @@ def model_device(model: PreTrainedModel) -> torch.device:
 
 
 def without_cudnn_attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a GPU: scaled_dot_product_attention without its cuDNN form, which builds a plan of tens of milliseconds for every new number
-    of keys. In decoding each step has one. A user's own choice of kernels stays."""
+    """On a GPU: scaled_dot_product_attention without its cuDNN form, which builds a plan for every new number of keys: in decoding, in
+    each step. A user's own choice of kernels stays."""
     kinds = {
         SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
         SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,

@@ -379,6 +379,8 @@ class TreeTemplate:
         self.parents = np.array([-1, *(index[path[:-1]] for path in nodes[1:])])
         ranks = np.array([0, *(path[-1] for path in nodes[1:])])
         depths = np.array([len(path) for path in nodes])
+        #: ``(n, depth)``: the nodes as ranks from the root, -1 behind a path's end.
+        self.paths = np.array([[*path, *[-1] * (int(depths.max()) - len(path))] for path in nodes], dtype=np.int64)
         #: Level by level: the nodes, their parents, their parents' parents (-1: what comes before the root), their ranks.
         self.levels = [
             (at, self.parents[at], self.parents[self.parents[at]], ranks[at])
