@@ -3,8 +3,7 @@
     python benchmarks/decode.py [--device cuda] [--data ../shared/data] [--time-limit 170] [--books 60] [--per-category 10]
     python benchmarks/decode.py --model runs/large    # a model of large_model.py, with its drafters
 
-About seven seconds a question on a GPU, for the peers: ``--max-new-tokens 64`` halves it. Every 20 seconds what is there is
-written, marked as incomplete. Prints a markdown table and writes ``reproductions/results/decode-<device>.json``, and the picture beside it.
+Every 20 seconds what is there is written, marked as incomplete. Prints a markdown table and writes ``reproductions/results/decode-<device>.json``, and the picture beside it.
 """
 
 from __future__ import annotations

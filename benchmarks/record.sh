@@ -2,7 +2,7 @@
 # Records on a GPU what the documentation says: benchmarks/record.sh DATA OUT [part ...]
 #
 # DATA: folder with classics/{train-0,validation}.jsonl.xz, spec_bench/question.jsonl, gsm8k/test.jsonl. OUT: folder of the results.
-# Each part runs under its own limit (seconds) and leaves a valid file if it is cut off. All of them take about 40 minutes on one H100.
+# Each part runs under its own limit (seconds) and leaves a valid file if it is cut off.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,5p' "$0"; exit 2; }

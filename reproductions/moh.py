@@ -6,7 +6,7 @@ Part 2, continued training: classics-20m converted by the norms of its queries. 
 shared, 1 of 3 routed). It is trained on at most a tenth of the tokens it was pretrained on: books it has seen, and recall
 tasks of its pretraining. The control is trained in the same way with routed heads drawn at random for each token.
 
-    python reproductions/moh.py --data FOLDER                                                # some 10 minutes on one GPU
+    python reproductions/moh.py --data FOLDER                                                # on a GPU
     python reproductions/moh.py --part scratch --out scratch.json                            # part 1 alone
 """
 
