@@ -217,13 +217,10 @@ def load(device: str) -> Any:
 
 
 def continued(
-    books: list[str], held_out: list[str], steps: int | None, seconds: float, options: dict[str, Any], control: bool, device: str
+    corpus: Corpus, tokenizer: Any, held_out: list[str], steps: int | None, seconds: float, options: dict[str, Any],
+    control: bool, device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Figures before and after training; of the `control`: trained and judged with routed heads drawn at random."""
-    tokenizer = heedful.zoo.load("classics-20m")[1]
-    began = time.perf_counter()
-    corpus = corpus_of(tokenizer, books)
-    print(f"{len(corpus.books) / 1e6:.1f} M tokens, {time.perf_counter() - began:.0f} s", flush=True)
     figures: dict[str, Any] = {}
 
     def show(name: str, model: Any) -> None:
@@ -254,17 +251,6 @@ def continued(
     return figures
 
 
-def beside(part: str, arguments: argparse.Namespace, folder: str) -> Any:
-    """Another part of this script, in a process of its own on the same device; its figures are written to a file."""
-    out = Path(folder) / f"{part}.json"
-    given = {
-        name: value for name, value in vars(arguments).items() if name not in ("part", "out") and value is not None
-    }
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    command = [sys.executable, __file__, f"--part={part}", f"--out={out}", *options]
-    return subprocess.Popen(command), out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=CLASSICS, help="folder with the books")
@@ -291,22 +277,28 @@ def main() -> None:
     if arguments.part == "scratch":
         arguments.out.write_text(json.dumps(from_scratch(books, held_out, arguments.seeds, device)))
         return
+    tokenizer = heedful.zoo.load("classics-20m")[1]
+    corpus = corpus_of(tokenizer, books)
+    print(f"{len(corpus.books) / 1e6:.1f} M tokens, {time.perf_counter() - started:.0f} s", flush=True)
+
+    def part_2(steps: int | None, control: bool) -> dict[str, Any]:
+        return continued(corpus, tokenizer, held_out, steps, arguments.seconds, options, control, device)
+
     if arguments.part in ("tuned", "control"):
-        control = arguments.part == "control"
-        arguments.out.write_text(
-            json.dumps(continued(books, held_out, arguments.steps, arguments.seconds, options, control, device))
-        )
+        arguments.out.write_text(json.dumps(part_2(arguments.steps, arguments.part == "control")))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        process, out = beside("scratch", arguments, folder)
-        tuned = continued(books, held_out, arguments.steps, arguments.seconds, options, False, device)
+    with tempfile.TemporaryDirectory() as folder:  # part 1 in a process of its own, on the same device
+        out = Path(folder) / "scratch.json"
+        given = [f"--data={arguments.data}", f"--seeds={arguments.seeds}", f"--out={out}"]
+        process = subprocess.Popen([sys.executable, __file__, "--part=scratch", *given])
+        tuned = part_2(arguments.steps, False)
         print(json.dumps(tuned), flush=True)  # should the control be cut off
-        steps = tuned["converted, trained"]["steps"]
-        control = continued(books, held_out, steps, arguments.seconds, options, True, device)
+        tuned |= part_2(tuned["converted, trained"]["steps"], True)
         if process.wait():
             raise SystemExit(f"a part failed: {process.args}")
         scratch = json.loads(out.read_text())
-    tuned |= control
+    for one in tuned.values():
+        one["over_all_heads"] = round(one["bits_per_byte"] / tuned["all heads"]["bits_per_byte"] - 1, 4)
     before, after, drawn = tuned["all heads"], tuned["converted, trained"], tuned["random heads, trained"]
     accepted = {
         "from scratch: 75 % of heads within 2.5 % of all": scratch["75 % of heads"]["over_all_heads"] < 0.025,
