@@ -221,7 +221,7 @@ def test_the_tree_is_as_large_as_pays_on_the_device(kind, monkeypatch):
 
         for module in (medusa, hidden_transfer):
             monkeypatch.setattr(module, "forward_costs", costs)
-        monkeypatch.setattr(medusa, "seconds_of", lambda run, device: 0.0)
+            monkeypatch.setattr(module, "seconds_of", lambda run, device: 0.0)
         drafter = kind.for_model(model, tree=paths, accuracies=accuracies, **options)
         given = inputs(model, batch=1)
         result = heedful.generate(model, drafter=drafter, **given, **GREEDY)

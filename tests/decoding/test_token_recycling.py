@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from tiny_models import build, inputs
 
 import heedful
-from heedful.decoding import DraftTree, TokenRecycling, sizing
+from heedful.decoding import DraftTree, TokenRecycling, sizing, token_recycling
 from heedful.decoding.drafter import DraftingOutputs
 from heedful.decoding.token_recycling import PAPER_TEMPLATE, AdjacencyMatrix
 
@@ -258,6 +258,15 @@ def test_auto_times_once_and_chooses_by_cost(monkeypatch):
     assert sizes[0] > 40, "all but the unlikeliest"
     assert 1 < sizes[1] < sizes[0]
     assert sizes[2] == 1
+
+
+def test_in_graphs_as_many_nodes_as_cost_about_one_row_are_drafted(monkeypatch):
+    monkeypatch.setattr(token_recycling, "forward_costs", None)
+    with sizing.in_graphs():
+        drafter = begun(max_nodes="auto")
+    learn(drafter, np.argsort(np.random.default_rng(0).random((96, 96)), axis=1)[:, :8], share=0.3)
+    (tree,) = drafter.propose(torch.tensor([3]), TEXT)
+    assert len(tree) == token_recycling.NODES_ON_DEVICE
 
 
 def test_a_model_with_parts_attached_is_not_timed(monkeypatch):

@@ -3,6 +3,7 @@
 import gc
 from dataclasses import astuple
 
+import numpy as np
 import pytest
 import torch
 from decoding_tools import RandomTree, padding
@@ -18,6 +19,7 @@ from heedful.decoding import (
     TokenRecycling,
     graph,
     release_graphs,
+    sizing,
 )
 from heedful.decoding.device_walk import ancestors_of, settle
 from heedful.decoding.drafter import DeviceStep, DraftingOutputs
@@ -66,6 +68,14 @@ def test_every_drafter_gives_the_tokens_of_the_eager_engine(drafter, batch):
     assert torch.equal(captured.sequences, eager.sequences)
     assert captured.stats.capture_seconds > 0
     assert eager.stats.capture_seconds == 0
+    own = DRAFTERS[drafter](model)
+    # Behind a prompt it drafts eagerly in the first, captures in the second, and replays in the third.
+    results = [heedful.generate(model, drafter=own, engine="graph", **given, **GREEDY) for _ in range(3)]
+    assert all(torch.equal(result.sequences, eager.sequences) for result in results)
+    if drafter in ("medusa", "longspec", "hidden transfer"):  # which learn nothing
+        assert results[0].stats.accepted == results[1].stats.accepted == results[2].stats.accepted
+    if drafter != "none":
+        assert list(graph.sessions_of(model).values())[-1].first.graph is not None
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3_text", "qwen3"])
@@ -219,11 +229,13 @@ def test_drafts_are_those_of_the_operations(length):
     count, tokens = torch.ones(2, dtype=torch.long), torch.randint(0, letters, (2, 1))
     for _ in range(6):
         roots, logits = torch.randint(0, letters, (2,)), torch.randn(2, tokens.shape[1], vocabulary)
+        # Of several nodes with one token it is left open which is learnt from.
+        apart = torch.randperm(vocabulary)[: tokens.numel()].view_as(tokens)
         for which in (0, 1):
             drafts = []
             for pair in pairs:
                 device = pair[1].tokens.device
-                given = (tokens, logits, None, path, count, roots, lengths, lengths)
+                given = (apart if which else tokens, logits, None, path, count, roots, lengths, lengths)
                 step = DeviceStep(*(x if x is None else x.to(device) for x in given), None)
                 drafts.append([x.cpu() for x in pair[which].advance(step)])
             used = drafts[0][1] >= 0
@@ -232,6 +244,38 @@ def test_drafts_are_those_of_the_operations(length):
         count = torch.randint(1, 12, (2,))
         tokens, path = torch.randint(0, letters, (2, 11)), torch.minimum(torch.arange(11), count[:, None] - 1)
         lengths = lengths + count
+
+
+@torch.no_grad()
+def test_sizes_are_those_that_pay_in_graphs(monkeypatch):
+    model, given = setting()
+    with sizing.in_graphs():
+        costs = sizing.forward_costs(model)
+        monkeypatch.setattr(graph, "verify_seconds", None)  # once for a model
+        assert np.array_equal(costs, sizing.forward_costs(model))
+    assert 0 < costs[0] <= costs[-1] < sizing.forward_costs(model)[0], "a replay takes less than the launches of a forward"
+    counted = torch.zeros(1, device="cuda")
+    with sizing.in_graphs():
+        assert 0 < sizing.seconds_of(lambda: counted.add_(1), counted.device) < 1e-3
+    assert counted.item() > 5
+    drafter = LongSpec.for_model(model, measured=[([1, 1], 1.1), ([2, 4], 10.0)]).cuda()
+    for tokens, shape in ((10.0, (2, 4)), (1.0, ())):
+        drafter.measured[1] = ([2, 4], tokens)
+        drafter._fitted = ()
+        release_graphs(model)
+        drafter.measured[0] = ([1, 1], 1.0)
+        result = heedful.generate(model, drafter=drafter, engine="graph", **given, **GREEDY)
+        assert drafter.shape == shape
+        assert torch.equal(result.sequences, model.generate(**given, **GREEDY))
+
+
+def test_what_the_host_drafts_beside_token_recycling():
+    model, given = setting()
+    reference = model.generate(**given, **GREEDY)
+    drafter = Sequence(RandomTree(reference.cpu()), TokenRecycling())
+    for _ in range(2):
+        result = heedful.generate(model, drafter=drafter, engine="graph", **given, **GREEDY)
+        assert torch.equal(result.sequences, reference)
 
 
 def test_a_long_run_does_not_grow():

@@ -10,6 +10,7 @@ has ended moves nothing any more, so a step too many does no harm.
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from heedful.decoding.device_walk import Settled, ancestors_of, place, settle
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs
 from heedful.decoding.engine import Engine, _hidden_states
 from heedful.decoding.selection import StopChecker
+from heedful.decoding.sizing import in_graphs
 from heedful.decoding.support import model_device, routes_heads
 from heedful.decoding.tree import VerifiedTree, topology
 from heedful.seam import AttentionCall, Kernel, Verification, attach
@@ -169,6 +171,13 @@ def _make_room(known: _Sessions, device: torch.device) -> None:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 1 << 33
     while known and sum(session.cache.nbytes for session in known.values()) > KEPT_SHARE * memory:
         known.drop_oldest()
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for each device, because cuBLAS keeps a workspace (32 MiB on a Hopper) for each stream. The stream that torch.cuda.graph
+    captures on otherwise is of the device of the first capture."""
+    return torch.cuda.Stream(device)
 
 
 class TreeAttention(Kernel):
@@ -316,8 +325,7 @@ class Session:
         self.shown: Trees
         self.steps: dict[int, CapturedStep] = {}
         self.pool = torch.cuda.graph_pool_handle() if capture else None
-        # Of this device: the stream that torch.cuda.graph captures on otherwise is of the device of the first capture.
-        self.stream = torch.cuda.Stream(device) if capture else None
+        self.first: FirstDraft | None = None
         self.capture_seconds = 0.0
         self.graph_bytes = 0
         self.hidden: list[Tensor] = []
@@ -341,7 +349,7 @@ class Session:
         """Lets go of the graphs and the cache at once: objects that refer to each other wait for the garbage collector."""
         self.steps.clear()
         self.trees.clear()
-        self.movers = self.drafter = self.owner = self._drafting = None
+        self.movers = self.drafter = self.owner = self._drafting = self.first = None
         self.cache.close()
 
     def begin(self, engine: GraphEngine) -> None:
@@ -463,6 +471,36 @@ class Session:
             self._drafting = fused_linear.compile_other(fused_linear.with_own_code(_advance), fullgraph=False)
         return self._drafting
 
+    def first_draft(self, tokens: Tensor, logits: Tensor, hidden_states: Tensor | None, roots: Tensor) -> None:
+        """Drafts behind a prompt, whose last tokens ``(B, 1)`` are the trees that count as verified."""
+        if self.first is None:
+            ones = torch.ones(self.batch, dtype=torch.long, device=self.device)
+            step = DeviceStep(
+                tokens=torch.zeros_like(tokens, device=self.device),
+                logits=torch.zeros_like(logits),
+                hidden_states=None if hidden_states is None else torch.zeros_like(hidden_states),
+                path=torch.zeros_like(ones)[:, None],
+                count=ones,
+                roots=torch.zeros_like(ones),
+                lengths=self.lengths,
+                positions=self.positions,
+                cache=self.cache,
+            )
+            self.first = FirstDraft(self, step)
+        self.first(tokens, logits, hidden_states, roots)
+
+    @contextmanager
+    def capturing(self) -> Iterator[Callable[[torch.cuda.CUDAGraph], torch.cuda.graph]]:
+        """Counts the time and memory of what is captured inside; yields what captures into a graph."""
+        began = perf_counter()
+        torch.cuda.synchronize(self.device)
+        held = torch.cuda.memory_reserved(self.device)
+        stream = _capture_stream(self.device)
+        with _no_collection():
+            yield lambda graph: torch.cuda.graph(graph, pool=self.pool, stream=stream)
+        self.capture_seconds += perf_counter() - began
+        self.graph_bytes += torch.cuda.memory_reserved(self.device) - held
+
     def step_of(self, nodes: int) -> CapturedStep:
         if nodes not in self.steps:
             self.steps[nodes] = CapturedStep(self, self.trees_of(nodes))
@@ -528,24 +566,82 @@ class CapturedStep:
             yield
 
     def _capture(self) -> None:
-        began = perf_counter()
         session = self.session
-        torch.cuda.synchronize(session.device)
-        held = torch.cuda.memory_reserved(session.device)
         graphs = [torch.cuda.CUDAGraph() for _ in range(1 if session.drafter is None else 2)]
-
-        def into(graph: torch.cuda.CUDAGraph) -> torch.cuda.graph:
-            return torch.cuda.graph(graph, pool=session.pool, stream=session.stream)
-
-        with _no_collection():
+        with session.capturing() as into:
             with self._attached(), into(graphs[0]):
                 self.step, self.report = session.verify(self.trees)
             if session.drafter is not None:
                 with torch.no_grad(), into(graphs[1]):
                     session.draft(self.step)
         self.graphs = graphs
-        session.capture_seconds += perf_counter() - began
-        session.graph_bytes += torch.cuda.memory_reserved(session.device) - held
+
+
+class FirstDraft:
+    """The draft behind a prompt: eager the first time, then captured, for a beam of several levels takes many launches."""
+
+    def __init__(self, session: Session, step: DeviceStep) -> None:
+        self.session, self.step = session, step
+        self.runs = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor, logits: Tensor, hidden_states: Tensor | None, roots: Tensor) -> None:
+        step, session = self.step, self.session
+        step.tokens.copy_(tokens)
+        step.logits.copy_(logits)
+        step.roots.copy_(roots)
+        if step.hidden_states is not None:
+            step.hidden_states.copy_(cast(Tensor, hidden_states))
+        if self.graph is None and session.capture and self.runs and not isinstance(session.drafter, Plain):
+            graph = torch.cuda.CUDAGraph()
+            with session.capturing() as into, into(graph):
+                session.draft(step, first=True)
+            self.graph = graph
+        if self.graph is None:
+            session.draft(step, first=True)
+        else:
+            self.graph.replay()
+        self.runs += 1
+
+
+def replay_seconds(run: Callable[[], object], device: torch.device, runs: int = 5) -> float:
+    """Seconds of one replay of what ``run`` launches, captured as a CUDA graph; the shortest of some."""
+    graph = torch.cuda.CUDAGraph()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    best = float("inf")
+    with torch.cuda.device(device):
+        run()  # what is compiled and allocated only once
+        torch.cuda.synchronize(device)
+        with _no_collection(), torch.cuda.graph(graph, stream=_capture_stream(device)):
+            run()
+        for _ in range(runs + 1):
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+    return best
+
+
+def verify_seconds(model: PreTrainedModel, sizes: Sequence[int], context: int) -> list[float]:
+    """Seconds of a captured verification of so many nodes behind ``context`` tokens, at batch size 1."""
+    session = Session(
+        model, 1, -(-(context + max(sizes)) // ROWS) * ROWS, drafter=None, requires=frozenset(), rows_per_node=1,
+        processors=LogitsProcessorList(), do_sample=False, compiled=None, capture=True,
+    )  # fmt: skip
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or session.capacity
+    times = []
+    with torch.cuda.device(session.device):
+        session.lengths.fill_(context)
+        session.positions.fill_(min(context, longest - 1))
+        session.last.fill_(longest - 1)
+        session.finished.fill_(True)  # nothing is accepted, so that every step is the same
+        for nodes in sizes:
+            step = session.step_of(nodes)
+            times.append(min(step.read(step.launch())[1] for _ in range(8)))  # two eager, one that captures, the others
+    session.close()
+    return times
 
 
 @contextmanager
@@ -577,7 +673,8 @@ class GraphEngine(Engine):
         super().__init__(*arguments, **keywords)
         drafter = self.drafter
         if drafter is not None:
-            drafter.begin(self.model, self.batch)
+            with in_graphs() if self.device.type == "cuda" else nullcontext():
+                drafter.begin(self.model, self.batch)
         capacity = capacity_for(cast(int, self.max_length), drafter)
         sampler = tuple((type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.select.processors)
         key = (self.batch, capacity, None if drafter is None else id(drafter), self.config.do_sample, sampler,
@@ -620,14 +717,14 @@ class GraphEngine(Engine):
     def _run(self) -> tuple[LongTensor, Any]:
         if self.session.drafter is not None:
             self.session.drafter.begin()
+        capturing = self.session.capture_seconds
         with _hidden_states(self.model, self.requires) as hidden:
             started = perf_counter()
             self.read_prompt(hidden)
             self._first_draft(hidden)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.stats.prefill_seconds = perf_counter() - started
-        capturing = self.session.capture_seconds
+            self.stats.prefill_seconds = perf_counter() - started - (self.session.capture_seconds - capturing)
         if self.session.drafter is not None:
             self._run_ahead()
         else:
@@ -648,19 +745,8 @@ class GraphEngine(Engine):
         self.session.begin(self)
         if self.session.drafter is None:
             return
-        ones = torch.ones(self.batch, dtype=torch.long, device=self.session.device)
-        step = DeviceStep(
-            tokens=self.input_ids[:, -1:].to(self.session.device),
-            logits=self.last_logits[:, None],
-            hidden_states=hidden[-1][:, -1:] if hidden else None,
-            path=torch.zeros_like(ones)[:, None],
-            count=ones,
-            roots=self.roots().to(self.session.device),
-            lengths=self.session.lengths,
-            positions=self.session.positions,
-            cache=self.session.cache,
-        )
-        self.session.draft(step, first=True)
+        states = hidden[-1][:, -1:] if hidden else None
+        self.session.first_draft(self.input_ids[:, -1:], self.last_logits[:, None], states, self.roots())
 
     def _run_ahead(self) -> None:
         """Without a host in the loop: the next step starts before the last one is read."""

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
 from heedful.decoding.graph import BUCKETS
 from heedful.decoding.medusa import MC_SIM_7B_63
-from heedful.decoding.sizing import forward_costs
+from heedful.decoding.sizing import forward_costs, seconds_of
 from heedful.decoding.support import model_device
 from heedful.decoding.trained import (
     RANKS,
@@ -146,7 +146,11 @@ class HiddenTransfer(RankDrafter):
         live, lower = len(self.transfer_layers), self.transfer_layers[0] / self.num_hidden_layers
         costs = forward_costs(model, batch_size, (nodes + 1) * (1 + live))
         upper = costs[live :: 1 + live]  # every node brings its pseudo rows
-        return [costs[0], *(lower * costs[1 : nodes + 1] + (1 - lower) * upper[1 : nodes + 1])]
+        pseudo = torch.zeros(
+            batch_size, self.num_transfer_steps, self.hidden_size, device=model_device(model), dtype=model.dtype
+        )
+        draft = seconds_of(lambda: self.best(pseudo), pseudo.device)
+        return [costs[0], *(lower * costs[1 : nodes + 1] + (1 - lower) * upper[1 : nodes + 1] + draft)]
 
     def transfer(self, step: int, state: Tensor) -> Tensor:
         """The pseudo states of a step (from 0) for states ``(..., H)``."""

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from heedful.attention import tree_attention
+from heedful.decoding.cache import GraphCache
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
-from heedful.decoding.sizing import forward_costs, seconds_of
+from heedful.decoding.sizing import forward_costs, seconds_of, setting
 from heedful.decoding.support import model_device
 from heedful.decoding.trained import TrainedDrafter, mean_where, output_weight
 from heedful.decoding.tree import DraftTree
@@ -145,7 +146,8 @@ class LongSpec(TrainedDrafter):
         }
 
     def bind(self, model: PreTrainedModel) -> None:
-        _check_rotation(model)
+        if getattr(self, "_target", None) != (model,):  # looks at numbers: not in every generate
+            _check_rotation(model)
         super().bind(model)
         self.layer = _memory_layer(model)
 
@@ -272,7 +274,7 @@ class LongSpec(TrainedDrafter):
         if not self.fit_device or not self.measured:
             self.shape = self.tree_shape
             return
-        place = (id(model), model.dtype, model_device(model), batch_size)
+        place = setting(model, batch_size)
         if place == self._fitted:
             return
         self._fitted = place
@@ -285,16 +287,22 @@ class LongSpec(TrainedDrafter):
 
     @torch.no_grad()
     def _draft_seconds(self, shape: tuple[int, ...], batch: int) -> float:
-        model, length = self.target, 32
+        """A draft behind 512 tokens, and what has become text before it."""
+        model, length = self.target, 512
         device = model_device(model)
-        layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        memory = torch.zeros(batch, self.num_key_value_heads, length, self.head_dim, device=device, dtype=model.dtype)
-        cache = DynamicCache()
-        for layer in range(layers):
-            cache.update(memory, memory, layer)
+        cache = GraphCache(model, 2 * length)
+        memory = torch.zeros(batch, self.num_key_value_heads, 1, self.head_dim, device=device, dtype=model.dtype)
+        cast(Any, cache.layers[self.layer]).update(memory, memory)
         state = _State(self, batch, shape)
         at = torch.full((batch,), length, device=device)
-        return seconds_of(lambda: state.draft(at, at, cache, at, torch.zeros_like(at)), device)
+        zeros = torch.zeros_like(at)
+        news = torch.zeros(batch, 1 + len(shape), dtype=torch.long, device=device)
+
+        def run() -> object:
+            state.write(news, news)
+            return state.draft(zeros, at, cache, at, zeros)
+
+        return seconds_of(run, device)
 
     # Drafter ------------------------------------------------------------------------------------------------------------
 

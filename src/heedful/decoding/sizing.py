@@ -1,8 +1,14 @@
-"""How much a forward costs by the number of rows it verifies: what decides how large a tree should be."""
+"""How much a forward costs by the number of rows it verifies: what decides how large a tree should be.
+
+In CUDA graphs it costs another time than launched one kernel at a time, and rows other shares of it; `in_graphs` says which
+is meant.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from time import perf_counter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,18 +25,40 @@ from heedful.seam import Verification
 
 #: Rows of a forward, the root included, that are timed.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 81)
+_ROWS_IN_GRAPHS = (1, 16, 64, 128)
 _CONTEXT = 256  # tokens in the cache while timing
 _SECONDS = 0.12  # spent on each size at least, and two forwards
 # Relative costs where timing is not possible: measured with a 19 M model on 2 cores; on a GPU small trees are nearly free.
 _USUAL = {"cpu": (1.0, 1.2, 1.35, 1.5, 2.0, 2.6, 3.2, 3.6), "cuda": (1.0, 1.02, 1.04, 1.06, 1.08, 1.1, 1.2, 1.25)}
 
 _measured: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], np.ndarray]] = WeakKeyDictionary()
+_captured: ContextVar[bool] = ContextVar("_captured", default=False)
+
+
+@contextmanager
+def in_graphs() -> Iterator[None]:
+    """Within it captured CUDA graphs are timed: the engine that decodes in them begins its drafters there."""
+    token = _captured.set(True)
+    try:
+        yield
+    finally:
+        _captured.reset(token)
+
+
+def captured() -> bool:
+    """Whether `in_graphs` is around."""
+    return _captured.get()
+
+
+def setting(model: PreTrainedModel, batch_size: int) -> tuple[Any, ...]:
+    """What a fit to the device holds for."""
+    return id(model), model.dtype, model_device(model), torch.get_num_threads(), batch_size, captured()
 
 
 def forward_costs(model: PreTrainedModel, batch_size: int = 1, max_rows: int = ROWS[-1]) -> np.ndarray:
     """Seconds of one forward that verifies 1, 2, ..., ``max_rows`` rows in each row of a batch.
 
-    `ROWS` are timed once per model, device, dtype and number of threads, on `_CONTEXT` tokens; what lies between is
+    Some sizes are timed once per model, device, dtype and number of threads, on `_CONTEXT` tokens; what lies between is
     interpolated, and what lies beyond extrapolated. A model with attached parts is not timed, since its parts would take
     those forwards for text: the usual relative costs are returned then (in units of a forward of one row).
 
@@ -38,22 +66,27 @@ def forward_costs(model: PreTrainedModel, batch_size: int = 1, max_rows: int = R
         ``(max_rows,)`` float64, never decreasing; entry n - 1 is the cost of n rows.
     """
     device = model_device(model)
-    key = (device, model.dtype, torch.get_num_threads())
+    sizes = _ROWS_IN_GRAPHS if captured() else ROWS
+    key = (device, model.dtype, torch.get_num_threads(), captured())
     times = _measured.get(model, {}).get(key)
     if times is None:
         if _attached(model):
-            times = np.array(_USUAL.get(device.type, _USUAL["cuda"]))
+            times = np.interp(sizes, ROWS, _USUAL.get(device.type, _USUAL["cuda"]))
         else:
-            times = _time(model, device)
+            times = _time_graphs(model) if captured() else _time(model, device)
             _measured.setdefault(model, {})[key] = times
     rows = np.arange(1, max_rows + 1) * batch_size
-    slope = max(0.0, (times[-1] - times[-2]) / (ROWS[-1] - ROWS[-2]))
-    return np.interp(rows, ROWS, times) + slope * np.maximum(0, rows - ROWS[-1])
+    slope = max(0.0, (times[-1] - times[-2]) / (sizes[-1] - sizes[-2]))
+    return np.interp(rows, sizes, times) + slope * np.maximum(0, rows - sizes[-1])
 
 
 @torch.no_grad()
 def seconds_of(run: Callable[[], object], device: torch.device, runs: int = 5) -> float:
     """Seconds of one call, the shortest of some, after one that does not count."""
+    if captured():
+        from heedful.decoding.graph import replay_seconds
+
+        return replay_seconds(run, device, runs)
     best = float("inf")
     for number in range(runs + 1):
         _wait(device)
@@ -69,6 +102,12 @@ def _attached(model: PreTrainedModel) -> bool:
         return Verification(model).attached
     except ValueError:  # a kernel that cannot verify trees
         return True
+
+
+def _time_graphs(model: PreTrainedModel) -> np.ndarray:
+    from heedful.decoding.graph import verify_seconds
+
+    return np.maximum.accumulate(verify_seconds(model, _ROWS_IN_GRAPHS, _CONTEXT))
 
 
 @torch.no_grad()

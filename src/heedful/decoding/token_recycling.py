@@ -20,7 +20,7 @@ from torch import LongTensor, Tensor
 from transformers import PreTrainedModel
 
 from heedful.decoding.drafter import DeviceDrafter, Drafter, DraftingOutputs
-from heedful.decoding.sizing import forward_costs
+from heedful.decoding.sizing import captured, forward_costs
 from heedful.decoding.support import model_device, vocabulary_size
 from heedful.decoding.tree import DraftTree
 
@@ -154,8 +154,7 @@ class TokenRecycling(Drafter):
         self._noted = [0] * batch_size
         self._previous = np.full(batch_size, _UNSEEN)
         self._costs = None
-        on_device = self._on_device is not None and self._on_device.tokens.device == model_device(model)
-        if self.max_nodes == "auto" and len(self.template) and not on_device:
+        if self.max_nodes == "auto" and len(self.template) and not captured():
             self._costs = forward_costs(model, batch_size, len(self.template) + 1) / batch_size
 
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
@@ -333,7 +332,7 @@ class TokenRecycling(Drafter):
         order = np.argsort(-scores, kind="stable")
         known = int(np.count_nonzero(scores))
         if self._costs is None:
-            count = min(known, int(self.max_nodes) + 1)
+            count = min(known, NODES_ON_DEVICE if self.max_nodes == "auto" else int(self.max_nodes) + 1)
         else:
             count = self._best_size(scores[order[:known]])
         if count == 1:

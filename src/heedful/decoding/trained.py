@@ -19,6 +19,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from heedful.decoding.drafter import Drafter
+from heedful.decoding.sizing import setting
 from heedful.decoding.support import model_device
 from heedful.decoding.tree import DraftTree
 
@@ -311,10 +312,10 @@ class RankDrafter(TrainedDrafter):
     def fit(self, model: PreTrainedModel, batch_size: int) -> None:
         """Sets `drafted`: with ``max_nodes="auto"`` the part of the tree with the most expected tokens per second.
 
-        What a verification and a draft cost is timed once per model, device and dtype (`heedful.decoding.sizing`), what a
+        What a verification and a draft cost is timed once per model, device, dtype and engine (`heedful.decoding.sizing`), what a
         node brings is the product of the accuracies along its path. Without accuracies the whole tree is drafted.
         """
-        place = (id(model), model.dtype, model_device(model), batch_size, self.max_nodes, id(self.tree))
+        place = (*setting(model, batch_size), self.max_nodes, id(self.tree))
         if place == self._fitted:
             return
         self._fitted, self.drafted = place, self.tree
