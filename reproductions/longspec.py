@@ -145,7 +145,7 @@ def measure(block: LongSpec, name: str, device: str, data: Path, quick: bool) ->
 
 
 def cache_bytes(device: str, lengths: tuple[int, int]) -> dict[str, int]:
-    """Bytes of the draft's own keys, values and positions after decoding 8 tokens behind prompts of these lengths."""
+    """Bytes of the draft's own keys and values after decoding 8 tokens behind prompts of these lengths."""
     model, _ = zoo.load("classics-20m", device=device)
     model.config.max_position_embeddings = max(lengths) + 64
     block = LongSpec.from_pretrained(zoo.path("classics-20m-longspec"))
@@ -157,7 +157,7 @@ def cache_bytes(device: str, lengths: tuple[int, int]) -> dict[str, int]:
         )
         state = block._state
         assert state is not None
-        found[f"{length} tokens"] = sum(t.nbytes for t in (state.keys, state.values, state.positions))
+        found[f"{length} tokens"] = sum(t.nbytes for t in (state.keys, state.values))
     return found
 
 

@@ -84,7 +84,7 @@ def test_the_first_level_is_the_training_forward_and_a_chain_is_greedy():
 
     def draft(drafter, first):
         state = _State(drafter, 1)
-        for start in range(first, 18, 5):  # in pieces, so that the ring wraps around
+        for start in range(first, 18, 5):  # in pieces, so that places are taken again
             piece = torch.arange(start, min(18, start + 5))
             state.write(ids[:, piece], piece[None])
         where = torch.tensor([18])
@@ -101,6 +101,34 @@ def test_the_first_level_is_the_training_forward_and_a_chain_is_greedy():
     assert parents[0].tolist() == [-1, 0, 1, 2, 3]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("window", [3, 8, 16])
+def test_what_a_tree_overwrites_is_not_missed(window):
+    model = build("llama", dtype=torch.float64)
+    drafter = block(model, window=window, tree_shape=(2, 5, 5))
+    ids, none = inputs(model, batch=2, length=50)["input_ids"], torch.zeros(2, dtype=torch.long)
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    state, length = _State(drafter, 2), torch.tensor([1, 5])
+    for row in range(2):
+        at = torch.full((2, int(length.max())), -1)
+        at[row, : length[row]] = torch.arange(int(length[row]))
+        for piece in range(0, at.shape[1], window):
+            state.write(ids[:, piece : piece + window][:, : at.shape[1] - piece], at[:, piece : piece + window])
+    for step in range(18):
+        roots = ids.gather(1, length[:, None])[:, 0]
+        fresh = _State(drafter, 2)
+        last = length[:, None] - window + torch.arange(window)
+        fresh.write(ids.gather(1, last.clamp(min=0)), last.clamp(min=-1))
+        got, want = (one.draft(roots, length, cache, length, none) for one in (state, fresh))
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+        count = torch.tensor([1 + step % 3, 1 + step % 2])
+        new = length[:, None] + torch.arange(3)
+        state.write(ids.gather(1, new), torch.where(torch.arange(3) < count[:, None], new, -1))
+        length = length + count
+
+
 @pytest.mark.parametrize("length", [1, 6, 7, 12, 13, 29])
 def test_windows_in_blocks_are_the_dense_windows(length):
     query, keys, values = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (4, 2, 2))
@@ -111,7 +139,7 @@ def test_windows_in_blocks_are_the_dense_windows(length):
 
 
 @torch.no_grad()
-def test_siblings_differ_and_the_ring_does_not_grow():
+def test_siblings_differ_and_the_memory_does_not_grow():
     model = build("llama", dtype=torch.float64)
     drafter = block(model, window=16)
     sizes = set()
@@ -119,7 +147,7 @@ def test_siblings_differ_and_the_ring_does_not_grow():
         given = inputs(model, batch=1, length=length)
         heedful.generate(model, drafter=drafter, **given, **GREEDY)
         sizes.add(drafter._state.keys.shape)
-    assert sizes == {(1, drafter.num_key_value_heads, 17, drafter.head_dim)}
+    assert sizes == {(1, drafter.num_key_value_heads, 2 * 16 + 1 + 4 + 6, drafter.head_dim)}
     cache = DynamicCache()
     model(given["input_ids"], past_key_values=cache)
     where = torch.tensor([60])

@@ -134,6 +134,62 @@ def test_reading_the_template():
     """)
 
 
+def test_rows_that_are_written():
+    interpreted("""
+        from heedful.decoding.cache import put_rows
+        from heedful.decoding.write_rows import write_rows
+        for width, others, rows in ((16, 16, 5), (24, 10, 1), (64, 64, 9)):
+            batch, heads = 3, 2
+            new = [torch.randn(batch, rows, heads, d).transpose(1, 2) for d in (width, others)]
+            old = [torch.randn(batch, heads, 30, d) for d in (width, others)]
+            places = torch.stack([torch.randperm(30) for _ in range(batch)])[:, 3 : 3 + rows]
+            want, got = ([x.clone() for x in old] for _ in range(2))
+            put_rows(*want, *new, places)
+            write_rows(*got, *new, places)
+            for a, b, before in zip(want, got, old):
+                assert torch.equal(a, b) and not torch.equal(a, before)
+        print("fine")
+    """)
+
+
+def test_rotations():
+    interpreted("""
+        from heedful.decoding import beam_kernels, longspec
+        for batch, heads, rows, width in ((1, 6, 4, 64), (2, 3, 5, 16), (2, 4, 1, 32)):
+            x = torch.randn(batch, rows, heads, width).transpose(1, 2)
+            for turned in (rows, 1):
+                angles = torch.rand(batch, turned, width // 2) * 9
+                want = longspec._rotate(x, longspec._turns(angles))
+                got = beam_kernels.rotate(x, *longspec._turns(angles))
+                assert torch.allclose(want, got, atol=1e-5)
+        print("fine")
+    """)
+
+
+def test_growing_a_beam():
+    interpreted("""
+        from heedful.decoding import beam_kernels, longspec
+        for batch, shape, vocabulary in ((1, (4, 6, 6), 50), (2, (3, 8, 5), 2100), (1, (1, 1, 1), 1030), (2, (16, 16), 40)):
+            nodes, inner = 1 + sum(shape), 1 + sum(shape[:-1])
+            trees = []
+            for _ in range(2):
+                seen = torch.eye(inner, dtype=torch.bool).repeat(batch, 1, 1)
+                trees.append((torch.zeros(batch, nodes).long(), torch.full((batch, nodes), -1), seen))
+            scores, begin, end = torch.zeros(batch, 1), 0, 1
+            for width in shape:
+                logits = 3 * torch.randn(batch, end - begin, vocabulary)
+                logits[:, :, 5:9] = -torch.inf  # as of tokens that a model never gives
+                logits = torch.nn.functional.pad(logits, (0, 7))[..., :vocabulary]  # with a stride
+                want = longspec._grow(logits, scores, *trees[0], begin, width)
+                got = beam_kernels.grow(logits, scores, *trees[1], begin, width)
+                assert torch.allclose(want, got, atol=1e-4)
+                for a, b in zip(*trees):
+                    assert torch.equal(a, b)
+                scores, begin, end = want, end, end + width
+        print("fine")
+    """)
+
+
 def test_in_the_loop():
     """Whole generates with the kernels in the place of the operations: the same tokens, and the same drafts accepted."""
     interpreted("""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from decoding_tools import RandomTree, padding
 from tiny_models import build, inputs
+from transformers import DynamicCache
 
 import heedful
 from heedful.decoding import (
@@ -18,6 +19,7 @@ from heedful.decoding import (
     Sequence,
     TokenRecycling,
     graph,
+    longspec,
     release_graphs,
     sizing,
 )
@@ -100,6 +102,35 @@ def test_compiled_steps_give_the_same_tokens():
     with pytest.raises(ValueError, match="leave compile out"):
         heedful.generate(model, drafter=DRAFTERS["hidden transfer"](model), compile=True, **given, **GREEDY)
     assert len(known.compiled) == 2 * 2  # place and forward: the second drafter finds those of the first
+
+
+def test_compiled_beams():
+    model, given = setting()
+    drafter = DRAFTERS["longspec"](model)
+    plain = heedful.generate(model, drafter=drafter, engine="graph", **given, **GREEDY)
+    for _ in range(2):
+        result = heedful.generate(model, drafter=drafter, compile=True, **given, **GREEDY)
+        assert torch.equal(result.sequences, model.generate(**given, **GREEDY))
+        assert result.stats.accepted == plain.stats.accepted
+
+
+@torch.no_grad()
+def test_beams_are_those_of_the_operations():
+    model, given = setting(batch=3)
+    drafter = LongSpec.for_model(model, initializer_range=0.3, window=16, tree_shape=(4, 16, 7)).cuda()
+    ids, drafts = given["input_ids"], []
+    for device in ("cuda", "cpu"):
+        model, drafter, ids = model.to(device), drafter.to(device), ids.to(device)
+        drafter.bind(model)
+        drafter.fit(model, 3)
+        state, cache = longspec._State(drafter, 3), DynamicCache()
+        model(ids, past_key_values=cache)
+        length = torch.tensor([11, 8, 9], device=device)  # of which so many tokens count
+        at = torch.arange(11, device=device).expand(3, -1)
+        state.write(ids, torch.where(at < length[:, None], at, -1))
+        drafts.append([x.cpu() for x in state.draft(ids[:, 3], length, cache, length, torch.zeros_like(length))])
+    assert torch.equal(drafts[0][0], drafts[1][0])
+    assert torch.equal(drafts[0][1], drafts[1][1])
 
 
 def test_forks_in_bfloat16_are_near_ties():
@@ -253,7 +284,9 @@ def test_sizes_are_those_that_pay_in_graphs(monkeypatch):
         costs = sizing.forward_costs(model)
         monkeypatch.setattr(graph, "verify_seconds", None)  # once for a model
         assert np.array_equal(costs, sizing.forward_costs(model))
-    assert 0 < costs[0] <= costs[-1] < sizing.forward_costs(model)[0], "a replay takes less than the launches of a forward"
+    assert 0 < costs[0] <= costs[-1] < sizing.forward_costs(model)[0], (
+        "a replay takes less than the launches of a forward"
+    )
     counted = torch.zeros(1, device="cuda")
     with sizing.in_graphs():
         assert 0 < sizing.seconds_of(lambda: counted.add_(1), counted.device) < 1e-3

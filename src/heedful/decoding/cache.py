@@ -112,8 +112,8 @@ class GraphLayer(DynamicLayer):
         super().__init__()
         self.capacity = capacity
         self.length = 0
-        #: (B, 1) and (B, n or more): where the rows of a verification go.
-        self.rows: tuple[Tensor, Tensor] | None = None
+        #: (B, n or more): where the rows of a verification go.
+        self.rows: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -132,9 +132,7 @@ class GraphLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
         if self.rows is not None:
-            batch, places = self.rows[0], self.rows[1][:, : key_states.shape[2]]
-            keys[batch, :, places] = key_states.transpose(1, 2)
-            values[batch, :, places] = value_states.transpose(1, 2)
+            put_rows(keys, values, key_states, value_states, self.rows[:, : key_states.shape[2]])
             return keys, values
         start, end = self.length, self.length + key_states.shape[2]
         keys[:, :, start:end] = key_states
@@ -179,9 +177,9 @@ class GraphCache(Cache):
         for layer in self.own_layers:
             layer.length, layer.rows = 0, None
 
-    def verify_at(self, rows: tuple[Tensor, Tensor] | None) -> None:
-        """Where the rows of the coming verification are written: ``(B, 1)`` and ``(B, n)`` indices, of which a layer that has fewer
-        rows takes the first; None: no longer."""
+    def verify_at(self, rows: Tensor | None) -> None:
+        """Where the rows of the coming verification are written: ``(B, n)`` indices, of which a layer that has fewer rows takes the
+        first; None: no longer."""
         for layer in self.own_layers:
             layer.rows = rows
 
@@ -190,6 +188,18 @@ class GraphCache(Cache):
         for layer in self.own_layers:
             for states in (cast(Tensor, layer.keys), cast(Tensor, layer.values)):
                 states[batch, :, targets] = states[batch, :, sources]
+
+
+def put_rows(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, places: Tensor) -> None:
+    """Row ``places[b, i]`` of ``keys[b]`` and ``values[b]`` ``(B, H, T, D)`` becomes row i of the new ones ``(B, H, n, D)``."""
+    if keys.is_cuda and not torch.compiler.is_compiling():  # which puts it into one kernel with what comes before
+        from heedful.decoding.write_rows import write_rows
+
+        write_rows(keys, values, new_keys, new_values, places)
+        return
+    batch = torch.arange(len(places), device=places.device)[:, None]
+    keys[batch, :, places] = new_keys.transpose(1, 2).to(keys.dtype)
+    values[batch, :, places] = new_values.transpose(1, 2).to(values.dtype)
 
 
 def _full_length(layer: CacheLayerMixin, max_cache_len: int | None) -> CacheLayerMixin:

@@ -404,7 +404,7 @@ class Session:
         places, positions = self._compiled(place, nodes)(
             trees.ancestors, self.lengths, self.positions, self.last, self.capacity, self.rows_per_node
         )
-        self.cache.verify_at((self.rows, places))
+        self.cache.verify_at(places)
         self.hidden.clear()
         logits = self._compiled(Session._forward, nodes, self.requires)(self, trees.tokens, positions)
         settled = self._settle(trees, self.choose(logits))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from heedful.attention import tree_attention
-from heedful.decoding.cache import GraphCache
+from heedful.decoding.cache import GraphCache, put_rows
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, DraftingOutputs
 from heedful.decoding.sizing import forward_costs, seconds_of, setting
 from heedful.decoding.support import model_device
@@ -32,7 +32,7 @@ class LongSpec(TrainedDrafter):
 
     The block embeds tokens with the target's embedding, attends to its own keys within a window, then to the keys and values
     that the target's last full-attention layer has cached, and ends in the target's output head (without a final norm). Its own
-    keys and values depend on token ids and positions alone, so they live in a ring of constant size and need no roll-back.
+    keys and values depend on token ids and positions alone, so they live in memory of constant size and need no roll-back.
     A draft is a beam tree: each level keeps the nodes with the largest cumulative log-probability.
 
     While it drafts, the target's cache stops before the root: a node of depth j sees the target's keys with a lag of j + 1.
@@ -63,15 +63,15 @@ class LongSpec(TrainedDrafter):
 
     Cost:
         One block of the target's width (1.9 M parameters at H = 384); a draft is as many forwards of it as the tree has
-        levels, one after the other, and reads one layer of the target's cache in each. The ring takes ``2 Hkv D (window + 1)``
-        numbers a row, however long the context is.
+        levels, one after the other, and reads one layer of the target's cache in each. Its own keys and values take
+        ``2 Hkv D (2 window + nodes)`` numbers a row, however long the context is.
 
     When not to use:
         Where the target is so small that five forwards of one block are not cheap beside it.
 
     Paper:
         "LongSpec: Long-Context Lossless Speculative Decoding with Efficient Drafting and Verification", Yang, Du, Zhang, Wang,
-        Pang, Du, An, arXiv 2502.17421. Where we differ from the released code: the ring is really constant in size; windows
+        Pang, Du, An, arXiv 2502.17421. Where we differ from the released code: memory is really constant; windows
         count along a node's own path; sampling is exact; all layers' accepted rows are moved instead of computed again.
     """
 
@@ -159,22 +159,12 @@ class LongSpec(TrainedDrafter):
         keys, values = (_heads(projected, self.head_dim) for projected in (self.k_proj(normed), self.v_proj(normed)))
         return normed, _rotate(keys, rotation), values
 
-    def own_attention(
-        self,
-        x: Tensor,
-        normed: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        keys: Tensor,
-        values: Tensor,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """``x`` plus the block's own attention; ``mask``: bool ``(B, T, keys)``, None: causal within the window."""
-        query = _rotate(_heads(self.q_proj(normed), self.head_dim), rotation)
-        if mask is None:
-            out = _windowed(query, keys, values, self.window)
-        else:
-            out = F.scaled_dot_product_attention(query, keys, values, mask[:, None], enable_gqa=True)
-        return x + self.o_proj(out.transpose(1, 2).flatten(2))
+    def own_query(self, normed: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return _rotate(_heads(self.q_proj(normed), self.head_dim), rotation)
+
+    def after_own(self, x: Tensor, read: Tensor) -> Tensor:
+        """``x`` plus what the block's own attention read ``(B, Hq, T, D)``."""
+        return x + self.o_proj(read.transpose(1, 2).flatten(2))
 
     def cross_query(self, h: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         return _rotate(_heads(self.cross_q_proj(self.cross_norm(h)), self.head_dim), rotation)
@@ -228,7 +218,7 @@ class LongSpec(TrainedDrafter):
             x = model.get_input_embeddings()(input_ids)
         rotation = _rotation(model, positions)
         normed, own_keys, own_values = self.keys_values(x, rotation)
-        h = self.own_attention(x, normed, rotation, own_keys, own_values, None)
+        h = self.after_own(x, _windowed(self.own_query(normed, rotation), own_keys, own_values, self.window))
         query = self.cross_query(h, rotation)[:, :, lag:]
         dtype = query.dtype
         read = F.scaled_dot_product_attention(
@@ -350,32 +340,33 @@ class LongSpec(TrainedDrafter):
 
 
 class _State:
-    """The block's own keys and values: a ring of the last ``window`` tokens, and a place that takes what is not kept."""
+    """The block's own keys and values, in tensors of constant size: those of the last W = ``window`` tokens, a tree behind them.
+
+    Token t lies in the rows t % W and W + t % W. So the window behind a text of L tokens is one piece, the W rows before row
+    W + L % W, and the tree can have the rows behind it, as `tree_attention` wants it. What it overwrites there are second copies
+    of tokens that leave the window before these would be read. The last row takes what is not kept.
+    """
 
     def __init__(self, block: LongSpec, batch: int, shape: tuple[int, ...] | None = None) -> None:
         model = block.target
         self.block, self.model, self.batch = block, model, batch
         self.shape = block.shape if shape is None else shape  # a captured graph keeps the shape it was captured with
         device, dtype = model_device(model), model.dtype
-        shape = (batch, block.num_key_value_heads, block.window + 1, block.head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.positions = torch.full((batch, block.window + 1), -1, device=device)  # -1: nothing there
-        self.rows = torch.arange(batch, device=device)[:, None]
+        self.inner = 1 + sum(self.shape[:-1])  # nodes that the block runs on: the root, and all levels but the last
+        room = (batch, block.num_key_value_heads, 2 * block.window + self.inner, block.head_dim)
+        self.keys, self.values = (torch.zeros(room, device=device, dtype=dtype) for _ in range(2))
+        self.nothing = torch.zeros(self.inner, self.inner, dtype=torch.bool, device=device)
+        self.themselves = torch.eye(self.inner, dtype=torch.bool, device=device).repeat(batch, 1, 1)
         self.head = output_weight(model).detach()
         self.vocabulary = min(self.head.shape[0], model.config.get_text_config(decoder=True).vocab_size)
-
-    def clear(self) -> None:
-        self.positions.fill_(-1)
 
     def write(self, tokens: Tensor, positions: Tensor) -> None:
         """Keeps tokens ``(B, m)`` at positions ``(B, m)``, m <= window; -1: none."""
         x = self.model.get_input_embeddings()(tokens)
         _, keys, values = self.block.keys_values(x, _rotation(self.model, positions.clamp(min=0)))
-        slots = torch.where(positions >= 0, positions % self.block.window, self.block.window)
-        self.keys[self.rows, :, slots] = keys.transpose(1, 2).to(self.keys.dtype)
-        self.values[self.rows, :, slots] = values.transpose(1, 2).to(self.values.dtype)
-        self.positions.scatter_(1, slots, positions)
-        self.positions[:, -1] = -1
+        last, row = self.keys.shape[2] - 1, positions % self.block.window
+        for copy in (row, row + self.block.window):
+            put_rows(self.keys, self.values, keys, values, torch.where(positions >= 0, copy, last))
 
     def draft(
         self, roots: Tensor, positions: Tensor, cache: Cache, lengths: Tensor, padding: Tensor
@@ -385,39 +376,67 @@ class _State:
         Args:
             cache: the target's; row b's text lies in rows ``padding[b]`` to ``lengths[b] - 1``.
         """
-        block, batch = self.block, self.batch
+        block, window = self.block, self.block.window
         memory = cache.layers[block.layer]
-        tokens, parents = roots[:, None], torch.full_like(roots, -1)[:, None]
-        scores = torch.zeros(batch, 1, device=roots.device)
-        own_keys, own_values = self.keys, self.values
+        tokens = roots.new_zeros(self.batch, 1 + sum(self.shape))
+        parents = torch.full_like(tokens, -1)
+        tokens[:, 0] = roots
+        seen, scores = self.themselves.clone(), torch.zeros(self.batch, 1, device=roots.device)
+        behind = positions % window + window  # the window: where the tree lies
+        first = behind - positions.clamp(max=window)
         at = positions[:, None] + torch.arange(len(self.shape), device=roots.device)  # of each level
+        places = behind[:, None] + torch.arange(self.inner, device=roots.device)
         cos, sin = _rotation(self.model, at)
-        kept = self.positions[:, None, :]
-        past = (kept >= 0) & (kept >= at[:, :, None] - block.window)
-        path = torch.ones(
-            batch, 1, 1, dtype=torch.bool, device=roots.device
-        )  # of a level's nodes: which nodes they see
-        begin = 0  # of the last level
+        queries: list[Tensor] = []
+        begin, end = 0, 1  # of the last level
         for depth, width in enumerate(self.shape):
-            level, of_level = tokens[:, begin:], slice(depth, depth + 1)
-            x = self.model.get_input_embeddings()(level)
-            rotation = cos[:, of_level], sin[:, of_level]
+            x = self.model.get_input_embeddings()(tokens[:, begin:end])
+            rotation = cos[:, depth : depth + 1], sin[:, depth : depth + 1]
             normed, keys, values = block.keys_values(x, rotation)
-            own_keys, own_values = torch.cat([own_keys, keys], 2), torch.cat([own_values, values], 2)
-            mask = torch.cat([past[:, of_level].expand(-1, level.shape[1], -1), path], dim=2)
-            h = block.own_attention(x, normed, rotation, own_keys, own_values, mask)
-            read = _read(block.cross_query(h, rotation), memory, lengths, padding)
+            put_rows(self.keys, self.values, keys, values, places[:, begin:end])
+            # The nodes above are asked again: a tree is read as a whole.
+            queries.append(block.own_query(normed, rotation))
+            own = tree_attention(
+                torch.cat(queries, dim=2), self.keys, self.values, seen[:, :end, :end], behind,
+                prefix_start=first, window=window + 1,
+            )  # fmt: skip
+            h = block.after_own(x, own[:, :, begin:])
+            read = _read(block.cross_query(h, rotation), memory, lengths, padding, self.nothing)
             logits = F.linear(block.finish(h, read), self.head[: self.vocabulary])
-            grown = scores[:, :, None] + logits.float().log_softmax(-1)  # (B, nodes of the level, V)
-            best = grown.flatten(1).topk(width, dim=1)
-            above = best.indices // self.vocabulary
-            parents = torch.cat([parents, begin + above], dim=1)
-            itself = torch.eye(width, dtype=torch.bool, device=roots.device).expand(batch, -1, -1)
-            path = torch.cat([path.gather(1, above[:, :, None].expand(-1, -1, path.shape[2])), itself], dim=2)
-            begin = tokens.shape[1]
-            tokens = torch.cat([tokens, best.indices % self.vocabulary], dim=1)
-            scores = best.values
+            scores = _grow(logits, scores, tokens, parents, seen, begin, width)
+            begin, end = end, end + width
         return tokens, parents
+
+
+def _grow(
+    logits: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, seen: Tensor, begin: int, width: int
+) -> Tensor:
+    """Adds a level to the trees: of all tokens behind the last level's nodes those with the largest cumulative log-probability.
+
+    Args:
+        logits: ``(B, n, V)`` of the last level's n nodes, which begin at node ``begin``.
+        scores: ``(B, n)``, their cumulative log-probabilities.
+        tokens, parents: ``(B, nodes)``, written behind the last level.
+        seen: bool ``(B, m, m)``, which of the first m nodes see each other: written as far as it goes.
+        width: nodes of the new level.
+
+    Returns:
+        The new level's cumulative log-probabilities ``(B, width)``, in falling order.
+    """
+    if logits.is_cuda:
+        from heedful.decoding.beam_kernels import grow
+
+        return grow(logits, scores, tokens, parents, seen, begin, width)
+    grown = scores[:, :, None] + logits.float().log_softmax(-1)
+    best = grown.flatten(1).topk(width, dim=1)
+    above, new = (
+        begin + best.indices // logits.shape[2],
+        slice(begin + logits.shape[1], begin + logits.shape[1] + width),
+    )
+    tokens[:, new], parents[:, new] = best.indices % logits.shape[2], above
+    if new.stop <= seen.shape[1]:
+        seen[:, new] |= seen.gather(1, above[:, :, None].expand(-1, -1, seen.shape[2]))
+    return best.values
 
 
 class _LongSpecOnDevice(DeviceDrafter):
@@ -426,10 +445,7 @@ class _LongSpecOnDevice(DeviceDrafter):
     def __init__(self, block: LongSpec, batch: int) -> None:
         self.state = _State(block, batch)
         self.num_nodes, self.max_depth = 1 + sum(block.shape), len(block.shape)
-        self.padding = torch.zeros(batch, dtype=torch.long, device=self.state.positions.device)
-
-    def begin(self) -> None:
-        self.state.clear()
+        self.padding = torch.zeros(batch, dtype=torch.long, device=self.state.keys.device)
 
     @torch.no_grad()
     def prefill(self, tokens: LongTensor, outputs: DraftingOutputs) -> None:
@@ -448,18 +464,18 @@ class _LongSpecOnDevice(DeviceDrafter):
     def advance(self, step: DeviceStep) -> tuple[Tensor, Tensor]:
         order = torch.arange(step.path.shape[1], device=step.path.device)
         positions = (step.positions - step.count)[:, None] + order
-        # Of a path longer than the window its end alone: the ring has one place for each of its tokens.
+        # Of a path longer than the window its end alone: there is one place for each of its tokens.
         kept = (order < step.count[:, None]) & (order >= step.count[:, None] - self.state.block.window)
         self.state.write(step.tokens.gather(1, step.path), torch.where(kept, positions, -1))
         return self.state.draft(step.roots, step.positions, step.cache, step.lengths, self.padding)
 
 
-def _read(query: Tensor, memory: Any, lengths: Tensor, padding: Tensor) -> Tensor:
-    """Cross-attention of ``(B, Hq, n, D)`` to the target's cached keys and values, as far as each row's text goes."""
+def _read(query: Tensor, memory: Any, lengths: Tensor, padding: Tensor, nothing: Tensor) -> Tensor:
+    """Cross-attention of ``(B, Hq, n, D)`` to the target's cached keys and values, as far as each row's text goes; ``nothing``: bool
+    ``(n or more, n or more)``, all False."""
     keys, values, nodes = memory.keys, memory.values, query.shape[2]
     if query.is_cuda and type(memory).__name__ == "GraphLayer":
-        nothing = torch.zeros(nodes, nodes, dtype=torch.bool, device=query.device)
-        return tree_attention(query, keys, values, nothing, lengths, prefix_start=padding)
+        return tree_attention(query, keys, values, nothing[:nodes, :nodes], lengths, prefix_start=padding)
     at = torch.arange(keys.shape[2], device=query.device)
     seen = (at < lengths[:, None]) & (at >= padding[:, None])
     out = F.scaled_dot_product_attention(query, keys, values, seen[:, None, None], enable_gqa=True)
@@ -505,6 +521,11 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of ``(B, heads, T, D)``, halves rotated against each other, in the precision of the `_turns`."""
+    if x.is_cuda and not torch.compiler.is_compiling():  # which makes one kernel of it itself
+        from heedful.decoding import beam_kernels
+
+        if beam_kernels.takes(x):
+            return beam_kernels.rotate(x, *rotation)
     cos, sin = (part[:, None] for part in rotation)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 
