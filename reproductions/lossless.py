@@ -31,7 +31,7 @@ from heedful import decoding, zoo
 from heedful.decoding import Drafter, PromptLookup, Sequence, TokenRecycling
 from heedful.training.corpus import read_books
 
-NEAR_TIE = 1e-3
+NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
 TRAINED = {"medusa": "Medusa", "longspec": "LongSpec", "hidden-transfer": "HiddenTransfer"}
 
 
@@ -117,7 +117,7 @@ class Batches:
                 gaps.append(float(top[0] - top[1]))
         return {
             "prompts": compared, "forks": len(gaps), "largest_gap": max(gaps, default=0.0),
-            "not_near_ties": sum(gap >= NEAR_TIE for gap in gaps),
+            "not_near_ties": sum(gap >= NEAR_TIE[self.model.dtype] for gap in gaps),
         }  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def main() -> None:
             reproduced=held and all(name in figures["forks"] for name in drafters()),
             seconds=time.perf_counter() - began,
             notes="Forks are counted against the plain loop on the same batches; in bfloat16 they are many more, because several "
-            "rows round differently from one and near ties are wider.",
+            "rows round differently from one and near ties are wider (below 0.5).",
             out=out,
         )
         return held
