@@ -1,4 +1,4 @@
-"""Writes the method pages from the catalog, the docstrings and the recorded reproductions. `make docs` runs it.
+"""Writes the method pages from the catalog, the docstrings and the recorded reproductions, and the tables of decoding.md. `make docs` runs it.
 
 python docs/generate.py [--check]     --check: change nothing, fail if a page is out of date
 """
@@ -145,6 +145,40 @@ def cell(value: object, form: str) -> str:
     return format(value, form) if isinstance(value, float) else str(value)
 
 
+def decoding_table(path: Path) -> str:
+    """A recorded run of ``benchmarks/decode.py``."""
+    record = json.loads(path.read_text())
+    setting, contestants = record["setting"], record["contestants"]
+    kinds = list(next(iter(contestants.values()))["by_category"])
+    heads = ["", "tokens/s", "x generate", "x plain loop", "tokens a step", "draft / verify / commit, ms a step"]
+    heads += ["forks in 1,000 tokens", *(kind.replace("_", " ") for kind in kinds)]
+    lines = [
+        f"**{setting['model']}** ({setting['parameters'] / 1e6:.0f} M parameters), {setting['device']}, {setting['dtype']}, "
+        f"{setting['questions']} questions of {setting['max_new_tokens']} tokens, {setting['date']}, commit {setting['commit']} "
+        f"(`reproductions/results/{path.name}`):", "",
+        "| " + " | ".join(heads) + " |",
+        "|---" * len(heads) + "|",
+    ]  # fmt: skip
+    plain = contestants["heedful, plain loop"]["tokens_per_second"]
+    for name, found in contestants.items():
+        step = found.get("milliseconds_per_step")
+        parts = "" if step is None else " / ".join(f"{step[part]:.2f}" for part in ("draft", "verify", "commit"))
+        speed, tokens = found["tokens_per_second"], found.get("tokens_per_step", 1.0)
+        cells = [name, f"{speed:.0f}", f"{found['speedup']:.2f}", f"{speed / plain:.2f}", f"{tokens:.2f}", parts]
+        cells += [f"{found['fork_rate_per_1000_tokens']:.2f}"]
+        cells += [f"{found['by_category'][kind]['speedup']:.2f}" for kind in kinds]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def decoding() -> str:
+    """decoding.md with the tables of what is recorded."""
+    text = (ROOT / "decoding.md").read_text()
+    begin, end = "<!-- tables: written by generate.py -->", "<!-- end of tables -->"
+    tables = [decoding_table(RESULTS / f"decode-{name}.json") for name in ("h200", "h200-large", "cpu")]
+    return "\n\n".join([text[: text.index(begin)] + begin, *tables, text[text.index(end) :]])
+
+
 def model_card() -> str:
     """The bundled model's own card, without its metadata block."""
     text = (zoo.path("classics-20m") / "README.md").read_text()
@@ -159,6 +193,7 @@ def main() -> None:
     pages["zoo"] = model_card()
     (ROOT / "benchmarks").mkdir(exist_ok=True)
     pages["benchmarks"] = benchmarks()
+    pages["decoding"] = decoding()
     stale = []
     for name, text in pages.items():
         path = ROOT / f"{name}.md"

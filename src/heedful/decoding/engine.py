@@ -29,9 +29,9 @@ from heedful.seam import Verification
 
 #: Rows of a static cache beyond the longest sequence: room for the nodes of a last tree. Larger trees are cut there.
 STATIC_ROOM = 128
-#: Tokens of a prompt from which on cuDNN's attention may build its plan for that length: it then saves 0.8 ms a layer and more (H200,
-#: 32 heads of 128, reproductions/results/attention-hip-h200.json). What a plan takes has not been recorded.
-PLAN_PAYS_FROM = 8192
+#: Rows * layers * hidden size * tokens ** 2 of a prompt from which on cuDNN's attention may build its plan for that length: a plan
+#: takes 40 ms, and flash attention about 3 ms more for every 1e12 of these (H200, reproductions/results/cudnn-plans-h200.json).
+PLAN_PAYS_FROM = 1.3e13
 _REQUIREMENTS = frozenset({"logits", "hidden_states", "prompt_logits", "prompt_hidden_states", "cache"})
 _OWN_KWARGS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "input_ids")
 _PREFILL_ONLY = tuple(getattr(generation_utils, "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL", ()))
@@ -171,7 +171,8 @@ class Engine:
         whole_logits = "prompt_logits" in self.requires
         logits: list[Tensor] = []
         hidden.clear()
-        short = self.prompt_length < PLAN_PAYS_FROM
+        text = self.model.config.get_text_config(decoder=True)
+        short = self.batch * text.num_hidden_layers * text.hidden_size * self.prompt_length**2 < PLAN_PAYS_FROM
         with without_cudnn_attention(model_device(self.model)) if short else nullcontext():
             for inputs in self._prompt_chunks(whole_logits):
                 logits.append(self.model(**inputs, return_dict=True).logits)
