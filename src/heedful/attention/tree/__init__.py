@@ -78,9 +78,10 @@ def tree_attention(
         query heads a KV head) the matrix products take longer than the reading. The reference takes n * Tk floats a
         head; the kernels a few copies of the output.
 
-        On one H100 (32 query and 8 key heads of 128, bfloat16, CUDA graphs) a call at 128k keys takes 1.0 times as long
-        as reading them once with up to 32 nodes, and 1.7 times with 64. A dense mask takes 14 times as long as that from 8
-        nodes on, 9 times with 64. At 512k keys the ratios are the same (`benchmarks/operators/tree.py`).
+        On one H200 (32 query and 8 key heads of 128, bfloat16, CUDA graphs) a call at 128k keys takes as long as reading
+        them once with up to 16 nodes, 1.2 times as long with 32 and 2.1 times with 64; at 512k keys 1.0, 1.4 and 2.5 times.
+        On an H100, which reads slower, 32 nodes cost no more than one, and 64 take 1.7 times as long. A dense mask takes 20
+        times as long as a call with 8 or 16 nodes, 10 times with 64 (`benchmarks/operators/tree.py`).
 
     When not to use:
         For prefill, where all rows are new: `scaled_dot_product_attention` with `is_causal=True`. On a CPU it is no
