@@ -195,7 +195,8 @@ def put_rows(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor,
     if keys.is_cuda and not torch.compiler.is_compiling():  # which puts it into one kernel with what comes before
         from heedful.decoding.write_rows import write_rows
 
-        write_rows(keys, values, new_keys, new_values, places)
+        with torch.cuda.device_of(keys):
+            write_rows(keys, values, new_keys, new_values, places)
         return
     batch = torch.arange(len(places), device=places.device)[:, None]
     keys[batch, :, places] = new_keys.transpose(1, 2).to(keys.dtype)

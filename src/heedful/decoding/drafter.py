@@ -133,9 +133,9 @@ class DeviceStep:
 class DeviceDrafter:
     """A drafter inside the captured step of the CUDA-graph engine: trees of one fixed shape, made by tensor operations.
 
-    `advance` is captured once and replayed: no host synchronisation, no data-dependent Python, no shape that changes, and
-    state in tensors that are made once and written in place. It runs once, eagerly, after the prefill (there the "tree" is
-    the last prompt token: n = m = 1), and then in every step.
+    `advance` is captured and replayed: no host synchronisation, no data-dependent Python, no shape that changes, and state in
+    tensors that are made once and written in place. It runs once after the prefill (there the "tree" is the last prompt
+    token: n = m = 1), and then in every step; each of the two is captured, after it has run eagerly.
 
     Attributes:
         parents: the shape of every tree, ``parents[0] == -1`` and ``0 <= parents[i] < i``; or None: every tree has its own,

@@ -673,7 +673,7 @@ class GraphEngine(Engine):
         super().__init__(*arguments, **keywords)
         drafter = self.drafter
         if drafter is not None:
-            with in_graphs() if self.device.type == "cuda" else nullcontext():
+            with in_graphs() if model_device(self.model).type == "cuda" else nullcontext():
                 drafter.begin(self.model, self.batch)
         capacity = capacity_for(cast(int, self.max_length), drafter)
         sampler = tuple((type(p).__name__, repr(sorted(vars(p).items(), key=str))) for p in self.select.processors)

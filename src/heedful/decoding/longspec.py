@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, cast
 
 import torch
@@ -426,13 +426,12 @@ def _grow(
     if logits.is_cuda:
         from heedful.decoding.beam_kernels import grow
 
-        return grow(logits, scores, tokens, parents, seen, begin, width)
+        with nullcontext() if torch.compiler.is_compiling() else torch.cuda.device_of(logits):
+            return grow(logits, scores, tokens, parents, seen, begin, width)
     grown = scores[:, :, None] + logits.float().log_softmax(-1)
     best = grown.flatten(1).topk(width, dim=1)
-    above, new = (
-        begin + best.indices // logits.shape[2],
-        slice(begin + logits.shape[1], begin + logits.shape[1] + width),
-    )
+    above, end = begin + best.indices // logits.shape[2], begin + logits.shape[1]
+    new = slice(end, end + width)
     tokens[:, new], parents[:, new] = best.indices % logits.shape[2], above
     if new.stop <= seen.shape[1]:
         seen[:, new] |= seen.gather(1, above[:, :, None].expand(-1, -1, seen.shape[2]))
@@ -525,7 +524,8 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         from heedful.decoding import beam_kernels
 
         if beam_kernels.takes(x):
-            return beam_kernels.rotate(x, *rotation)
+            with torch.cuda.device_of(x):
+                return beam_kernels.rotate(x, *rotation)
     cos, sin = (part[:, None] for part in rotation)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
 

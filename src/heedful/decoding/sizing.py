@@ -27,7 +27,7 @@ from heedful.seam import Verification
 ROWS = (1, 2, 4, 8, 16, 32, 64, 81)
 _ROWS_IN_GRAPHS = (1, 16, 64, 128)
 _CONTEXT = 256  # tokens in the cache while timing
-_SECONDS = 0.12  # spent on each size at least, and two forwards
+_SECONDS, _MOST_RUNS = 1.2, 20  # spent on all sizes at least, unless each has been timed so often; and twice at least
 # Relative costs where timing is not possible: measured with a 19 M model on 2 cores; on a GPU small trees are nearly free.
 _USUAL = {"cpu": (1.0, 1.2, 1.35, 1.5, 2.0, 2.6, 3.2, 3.6), "cuda": (1.0, 1.02, 1.04, 1.06, 1.08, 1.1, 1.2, 1.25)}
 
@@ -117,20 +117,18 @@ def _time(model: PreTrainedModel, device: torch.device) -> np.ndarray:
     context = max(1, min(_CONTEXT, longest - ROWS[-1]))
     # The class's own forward: hooks and wrappers on the instance are not meant for timing, except those that place weights.
     forward = model if hasattr(model, "_hf_hook") else lambda **inputs: type(model).forward(model, **inputs)
-    times: list[float] = []
+    sizes = [rows for rows in ROWS if context + rows <= longest]
+    best, spent, runs = dict.fromkeys(sizes, float("inf")), 0.0, 0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=model.training):
         cache = TreeCache(model)
         masks = MaskBuilder(config, None, model.dtype, device, None)
         tokens = torch.zeros((1, max(context, ROWS[-1])), dtype=torch.long, device=device)
         forward(input_ids=tokens[:, :context], past_key_values=cache, use_cache=True, return_dict=True)
-        for rows in ROWS:
-            if context + rows > longest:  # a tiny model: as dear as the largest tree that fits
-                times.append(times[-1])
-                continue
-            shape = topology(tuple(range(-1, rows - 1)))
-            mask = masks.build([VerifiedTree([0] * rows, shape)], [context], context, rows)
-            best, spent, runs = float("inf"), 0.0, 0
-            while runs < 3 or (spent < _SECONDS and runs < 20):
+        # In turn, so that what else the machine does in the meantime falls on all sizes alike.
+        while runs < 2 or (runs < _MOST_RUNS and spent < _SECONDS):
+            for rows in sizes:
+                shape = topology(tuple(range(-1, rows - 1)))
+                mask = masks.build([VerifiedTree([0] * rows, shape)], [context], context, rows)
                 _wait(device)
                 began = perf_counter()
                 forward(
@@ -143,10 +141,10 @@ def _time(model: PreTrainedModel, device: torch.device) -> np.ndarray:
                 _wait(device)
                 seconds = perf_counter() - began
                 cache.commit(None, None, context)
-                best, spent, runs = min(best, seconds), spent + seconds, runs + 1
-                if runs == 2 and spent > 2.0:  # a slow model: two forwards tell enough
-                    break
-            times.append(best)
+                best[rows], spent = min(best[rows], seconds), spent + seconds
+            runs += 1
+    # A tiny model: rows that its context has no room for are as dear as the most that fit.
+    times = [best[rows if rows in best else sizes[-1]] for rows in ROWS]
     return np.maximum.accumulate(np.array(times))
 
 

@@ -27,6 +27,7 @@ from heedful.decoding.tree import DraftTree
 RankPaths = Sequence[Sequence[int]]
 #: Candidates of each step that a tree may use.
 RANKS = 10
+_GAIN = 1.1  # what a tree has to promise over plain decoding
 
 
 class TrainedDrafter(nn.Module, Drafter, PyTorchModelHubMixin):
@@ -310,7 +311,8 @@ class RankDrafter(TrainedDrafter):
             config["accuracies"] = self.accuracies
 
     def fit(self, model: PreTrainedModel, batch_size: int) -> None:
-        """Sets `drafted`: with ``max_nodes="auto"`` the part of the tree with the most expected tokens per second.
+        """Sets `drafted`: with ``max_nodes="auto"`` the part of the tree with the most expected tokens per second, or none where that is
+        less than a tenth over plain decoding.
 
         What a verification and a draft cost is timed once per model, device, dtype and engine (`heedful.decoding.sizing`), what a
         node brings is the product of the accuracies along its path. Without accuracies the whole tree is drafted.
@@ -341,7 +343,8 @@ class RankDrafter(TrainedDrafter):
             expected += chance
             if expected / seconds[nodes] > best:
                 best, count = expected / seconds[nodes], nodes
-        return count
+        # What the accuracies promise is more than comes (their products take a path's successes for independent).
+        return count if best > _GAIN / seconds[0] else 0
 
     def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None] | DraftTree:
         if self._candidates is None:
