@@ -27,7 +27,9 @@ from heedful.decoding.tree import DraftTree
 RankPaths = Sequence[Sequence[int]]
 #: Candidates of each step that a tree may use.
 RANKS = 10
-_GAIN = 1.1  # what a tree has to promise over plain decoding
+#: What a tree has to promise over plain decoding. Products of accuracies take a path's successes for independent, and a step takes longer
+#: than its parts, timed one by one: on two CPU cores, trees that promised 1.17 came to 0.9.
+_GAIN = 1.25
 
 
 class TrainedDrafter(nn.Module, Drafter, PyTorchModelHubMixin):
@@ -312,7 +314,7 @@ class RankDrafter(TrainedDrafter):
 
     def fit(self, model: PreTrainedModel, batch_size: int) -> None:
         """Sets `drafted`: with ``max_nodes="auto"`` the part of the tree with the most expected tokens per second, or none where that is
-        less than a tenth over plain decoding.
+        not clearly more than plain decoding (`_GAIN`).
 
         What a verification and a draft cost is timed once per model, device, dtype and engine (`heedful.decoding.sizing`), what a
         node brings is the product of the accuracies along its path. Without accuracies the whole tree is drafted.
@@ -343,7 +345,6 @@ class RankDrafter(TrainedDrafter):
             expected += chance
             if expected / seconds[nodes] > best:
                 best, count = expected / seconds[nodes], nodes
-        # What the accuracies promise is more than comes (their products take a path's successes for independent).
         return count if best > _GAIN / seconds[0] else 0
 
     def propose(self, roots: LongTensor, committed: list[LongTensor]) -> Sequence[DraftTree | None] | DraftTree:
