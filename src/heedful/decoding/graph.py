@@ -471,24 +471,6 @@ class Session:
             self._drafting = fused_linear.compile_other(fused_linear.with_own_code(_advance), fullgraph=False)
         return self._drafting
 
-    def first_draft(self, tokens: Tensor, logits: Tensor, hidden_states: Tensor | None, roots: Tensor) -> None:
-        """Drafts behind a prompt, whose last tokens ``(B, 1)`` are the trees that count as verified."""
-        if self.first is None:
-            ones = torch.ones(self.batch, dtype=torch.long, device=self.device)
-            step = DeviceStep(
-                tokens=torch.zeros_like(tokens, device=self.device),
-                logits=torch.zeros_like(logits),
-                hidden_states=None if hidden_states is None else torch.zeros_like(hidden_states),
-                path=torch.zeros_like(ones)[:, None],
-                count=ones,
-                roots=torch.zeros_like(ones),
-                lengths=self.lengths,
-                positions=self.positions,
-                cache=self.cache,
-            )
-            self.first = FirstDraft(self, step)
-        self.first(tokens, logits, hidden_states, roots)
-
     @contextmanager
     def capturing(self) -> Iterator[Callable[[torch.cuda.CUDAGraph], torch.cuda.graph]]:
         """Counts the time and memory of what is captured inside; yields what captures into a graph."""
@@ -578,12 +560,25 @@ class CapturedStep:
 
 
 class FirstDraft:
-    """The draft behind a prompt: eager the first time, then captured, for a beam of several levels takes many launches."""
+    """The draft behind a prompt, whose last tokens ``(B, 1)`` are the trees that count as verified: eager the first time, then
+    captured, for a beam of several levels takes many launches."""
 
-    def __init__(self, session: Session, step: DeviceStep) -> None:
-        self.session, self.step = session, step
-        self.runs = 0
+    def __init__(self, session: Session, logits: Tensor, hidden_states: Tensor | None) -> None:
+        self.session = session
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.ran = False
+        ones = torch.ones(session.batch, dtype=torch.long, device=session.device)
+        self.step = DeviceStep(
+            tokens=torch.zeros_like(ones)[:, None],
+            logits=torch.zeros_like(logits),
+            hidden_states=None if hidden_states is None else torch.zeros_like(hidden_states),
+            path=torch.zeros_like(ones)[:, None],
+            count=ones,
+            roots=torch.zeros_like(ones),
+            lengths=session.lengths,
+            positions=session.positions,
+            cache=session.cache,
+        )
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor, logits: Tensor, hidden_states: Tensor | None, roots: Tensor) -> None:
@@ -593,7 +588,7 @@ class FirstDraft:
         step.roots.copy_(roots)
         if step.hidden_states is not None:
             step.hidden_states.copy_(cast(Tensor, hidden_states))
-        if self.graph is None and session.capture and self.runs and not isinstance(session.drafter, Plain):
+        if self.graph is None and session.capture and self.ran and not isinstance(session.drafter, Plain):
             graph = torch.cuda.CUDAGraph()
             with session.capturing() as into, into(graph):
                 session.draft(step, first=True)
@@ -602,7 +597,7 @@ class FirstDraft:
             session.draft(step, first=True)
         else:
             self.graph.replay()
-        self.runs += 1
+        self.ran = True
 
 
 def replay_seconds(run: Callable[[], object], device: torch.device, runs: int = 5) -> float:
@@ -745,8 +740,10 @@ class GraphEngine(Engine):
         self.session.begin(self)
         if self.session.drafter is None:
             return
-        states = hidden[-1][:, -1:] if hidden else None
-        self.session.first_draft(self.input_ids[:, -1:], self.last_logits[:, None], states, self.roots())
+        logits, states = self.last_logits[:, None], hidden[-1][:, -1:] if hidden else None
+        if self.session.first is None:
+            self.session.first = FirstDraft(self.session, logits, states)
+        self.session.first(self.input_ids[:, -1:], logits, states, self.roots())
 
     def _run_ahead(self) -> None:
         """Without a host in the loop: the next step starts before the last one is read."""
