@@ -9,20 +9,17 @@ shortest of three calls of flash attention; the medians. Writes ``reproductions/
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median_low
 from time import perf_counter
 
 import torch
+from attention import setting
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-
-HERE = Path(__file__).parent
 
 
 def milliseconds(inputs: list[Tensor], backend: SDPBackend) -> float:
@@ -60,18 +57,9 @@ def main() -> None:
         for base in (256, 1024, 2048, 4096, 8192, 16384, 32768):
             rows.append(measure(*heads, base))
             print(rows[-1], flush=True)
-    device = torch.cuda.get_device_name()
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    results = {
-        "device": device,
-        "date": datetime.date.today().isoformat(),
-        "commit": git.stdout.strip() or "unknown",
-        "versions": {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()},
-        "rows": rows,
-    }
-    name = f"cudnn-plans-{device.split()[-1].lower()}.json"
-    out = arguments.out or HERE.parent / "reproductions" / "results" / name
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    name = f"cudnn-plans-{torch.cuda.get_device_name().split()[-1].lower()}.json"
+    out = arguments.out or Path(__file__).parents[1] / "reproductions" / "results" / name
+    out.write_text(json.dumps(setting() | {"cudnn": torch.backends.cudnn.version(), "rows": rows}, indent=1) + "\n")
     print(f"written to {out}")
 
 
