@@ -114,6 +114,7 @@ def main() -> None:
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
     done |= {"parameters": sum(p.numel() for p in model.parameters()), "loss_nats": round(loss, 3)}
+    done["seconds_of_training"] = arguments.seconds
     note(f"{done['parameters'] / 1e6:.0f} M parameters, loss {loss:.3f}")
 
     rng = np.random.default_rng(1)

@@ -3,8 +3,8 @@
 Read in this order: tree (what is proposed), drafter (who proposes), engine (draft, verify, walk, commit), masks and cache
 (what makes one forward verify many continuations), selection (generate's own choices), support (what is refused and why),
 generate (the public functions), graph with device_walk (the same on a GPU, as CUDA graphs) and its kernels (settle_rows,
-draft_kernels, move_rows, row_argmax, fused_linear); then the drafters: prompt_lookup, token_recycling (both with their form
-in on_device), sequence, and those with weights (trained).
+draft_kernels, write_rows, move_rows, row_argmax, fused_linear); then the drafters: prompt_lookup, token_recycling (both with
+their form in on_device), sequence, and those with weights (trained, which sizing helps to a size; longspec has beam_kernels).
 """
 
 from heedful.decoding.drafter import DeviceDrafter, DeviceStep, Drafter, DraftingOutputs

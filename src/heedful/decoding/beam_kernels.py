@@ -1,4 +1,4 @@
-"""A level of `LongSpec`'s beam tree on a GPU: what takes a few launches here would take thirty of tensor operations."""
+"""A level of `LongSpec`'s beam tree on a GPU, in few launches."""
 
 from __future__ import annotations
 
